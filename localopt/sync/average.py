@@ -1,0 +1,95 @@
+"""Averaging: x_i ← x̄ at the end of a round (Local SGD, Local AdamW)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..flat import Entry
+from .rule import Rule
+
+
+@dataclass(eq=False)
+class Average(Rule):
+    """Replace every replica by the mean of the replicas.
+
+    x_i ← x̄ = (1/m) Σ_j x_j
+
+    Optimizer state (momentum, Adam's moments) stays local unless named. With SGD, momentum
+    included, H = 1 and equal starts, this is data-parallel SGD ("state_fields" need not be
+    named, for momentum is linear in the gradients). With an adaptive inner optimizer it is not:
+    second moments are local.
+
+    Args:
+        state_fields: names of optimizer-state tensors, shaped like their parameter, that are
+            averaged too, such as ``("exp_avg", "exp_avg_sq")``. They travel in the same
+            collective.
+        reset_fields: names of optimizer-state tensors that are set to zero at each
+            synchronisation, such as ``("momentum_buffer",)``.
+
+    Raises:
+        ValueError: at the first synchronisation, if no parameter's state has a named field or
+            it is not shaped like its parameter.
+
+    Source: Stich 2018, arXiv 1805.09767; Gu et al. 2023, arXiv 2310.14423 (Local AdamW).
+    """
+
+    state_fields: Sequence[str] = ()
+    reset_fields: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("state_fields", "reset_fields"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is a sequence of names: write ({getattr(self, name)!r},)")
+        both = set(self.state_fields) & set(self.reset_fields)
+        if both:
+            raise ValueError(f"{sorted(both)} cannot be both averaged and reset")
+
+    def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
+        return [Entry.like(f"{name}/{f}", p) for f in self.state_fields for name, p in params]
+
+    def end_round(self) -> None:
+        self._adopt_state()
+        self.replica.mean_()
+        self._reset_state()
+
+    def finish(self) -> None:
+        if self.replica.remaining:
+            self._adopt_state()
+        super().finish()
+
+    def _adopt_state(self) -> None:
+        """Make the named state fields views of the flat buffers, as the parameters are."""
+        state, views = self.replica.inner.state, self.replica.flat.views
+        for field in self.state_fields:
+            self._require(field)
+            for name, p in self.replica.flat.params:
+                view = views[f"{name}/{field}"]
+                tensor = state.get(p, {}).get(field)
+                if tensor is None:  # never stepped on this replica: it brings zeros
+                    view.zero_()
+                elif tensor.data_ptr() != view.data_ptr():
+                    if tensor.shape != view.shape:
+                        raise ValueError(
+                            f"state field {field!r} of parameter {name} has shape "
+                            f"{tuple(tensor.shape)}, its parameter {tuple(view.shape)}: only "
+                            "fields shaped like their parameter can be averaged"
+                        )
+                    view.copy_(tensor)
+                    state[p][field] = view
+
+    def _reset_state(self) -> None:
+        for field in self.reset_fields:
+            self._require(field)
+            for state in self.replica.inner.state.values():
+                if state.get(field) is not None:
+                    state[field].zero_()
+
+    def _require(self, field: str) -> None:
+        known = {key: None for state in self.replica.inner.state.values() for key in state}
+        if known and field not in known:
+            raise ValueError(
+                f"the inner optimizer's state has no field {field!r}; it has {sorted(known)}"
+            )
