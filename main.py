@@ -1,0 +1,48 @@
+"""Train a network with few synchronisations: ``deepspeed --hostfile hostfile main.py``."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from typing import NoReturn
+
+from training.config import Config, ConfigError, load
+
+
+def main(config: Config) -> None:
+    """Build what ``config`` names, and train."""
+    # Imported here: DeepSpeed takes seconds to import, and a wrong flag should not wait for it.
+    from data.dataset import DataError
+    from localopt import LayoutMismatchError, SyncError
+    from training.loop import train
+    from training.record import DivergedError
+    from training.run import assembled
+
+    try:
+        with assembled(config) as run:
+            train(run)
+    except (ConfigError, DataError, LayoutMismatchError, SyncError, DivergedError) as error:
+        fail(config.local_rank, f"{type(error).__name__}: {error}")
+    except Exception:
+        fail(config.local_rank, traceback.format_exc(), status=1)
+
+
+def fail(local_rank: int, message: str, status: int = 2) -> NoReturn:
+    """Say on standard error which rank stops and why, and stop it at once."""
+    # Ranks of a host mostly fail alike: the launcher ends the others before they repeat it.
+    time.sleep(0 if local_rank == 0 else 3)
+    rank = os.environ.get("RANK", "0")
+    print(f"main.py: rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)  # an orderly exit could wait for collectives that never end
+
+
+if __name__ == "__main__":
+    try:
+        settings = load(sys.argv[1:])
+    except ConfigError as problem:
+        fail(int(os.environ.get("LOCAL_RANK", "0")), str(problem))
+    main(settings)

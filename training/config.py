@@ -1,0 +1,357 @@
+"""Flags, recipe and host file -> one frozen, validated Config.
+
+A flag overrides the recipe, which overrides the host's file, which overrides the defaults below.
+Every setting is a field of `Config`: its flag, its key in a recipe and its line in ``--help`` come
+from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import socket
+import typing
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = "recipe/digits-vit-localadamw-qsr.yml"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: one line that names it, its value and what to do."""
+
+
+def _setting(default: Any, group: str, text: str) -> Any:
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of one run. Lengths in epochs or optimizer steps as named."""
+
+    # fmt: off
+    data: str = _setting("digits", "data", "data set: the folder below data_pth with train.beton, val.beton")
+    data_pth: str = _setting(".localopt/data", "data", "folder of data sets (host file)")
+    resolution: int = _setting(32, "data", "training and validation images are this many pixels square")
+    crop_scale: tuple[float, float] = _setting((0.08, 1.0), "data", "share of an image's area that a random crop keeps")
+    flip: bool = _setting(True, "data", "mirror half of the training images")
+    val_crop_ratio: float = _setting(0.875, "data", "validation: side of the centre crop over the shorter side")
+    nw: int = _setting(1, "data", "loader workers (threads) per replica")
+    seed: int = _setting(0, "data", "seed of order, crops and flips, and of dropout")
+
+    model: str = _setting("simplevit-digits", "model", "name of a model in training/models.py")
+    init_model_by_seed: int = _setting(0, "model", "seed of the initial weights; -1: take them from --resume-pth")
+    label_smoothing: float = _setting(0.0, "model", "label smoothing of the training loss")
+    precision: Literal["fp32", "bf16"] = _setting("fp32", "model", "bf16: autocast, weights stay fp32")
+
+    epochs: int = _setting(60, "length", "epochs to train")
+    epochs_for_sche: int = _setting(-1, "length", "epochs the learning-rate schedule spans; -1: epochs")
+    steps_per_epoch: int = _setting(-1, "length", "steps in an epoch; -1: all that the data gives")
+    total_batch_size: int = _setting(64, "length", "images per step over all replicas")
+    physical_batch_size: int = _setting(32, "length", "images per forward pass; gradient accumulation follows")
+
+    optimizer: Literal["sgd", "adamw", "localsgd", "localadamw"] = _setting("localadamw", "optimizer", "sgd and adamw: data-parallel")
+    max_lr: float = _setting(1e-3, "optimizer", "peak learning rate")
+    min_lr: float = _setting(1e-6, "optimizer", "rate at the start of the warm-up and at the end")
+    momentum: float = _setting(0.9, "optimizer", "SGD momentum")
+    nesterov: bool = _setting(False, "optimizer", "Nesterov momentum for SGD")
+    wd: float = _setting(0.05, "optimizer", "weight decay")
+    beta1: float = _setting(0.9, "optimizer", "AdamW's decay of the first moment")
+    beta2: float = _setting(0.999, "optimizer", "AdamW's decay of the second moment")
+    eps: float = _setting(1e-8, "optimizer", "AdamW's epsilon")
+    clip_norm: float = _setting(0.0, "optimizer", "clip the gradients' global norm, each replica its own; 0: do not")
+
+    scheduler: Literal["cosine", "linear", "step", "cosine-step", "const"] = _setting("cosine", "schedule", "learning-rate decay after the warm-up")
+    decay_points: tuple[float, ...] = _setting((), "schedule", "epochs at which 'step' multiplies the rate by gamma")
+    gamma: float = _setting(0.1, "schedule", "factor of 'step'")
+    warmup_epochs: float = _setting(0.0, "schedule", "linear warm-up, epochs")
+    warmup_steps: int = _setting(-1, "schedule", "linear warm-up, steps; overrides warmup_epochs")
+
+    period: Literal["qsr", "power", "constant", "post-local", "swap"] = _setting("qsr", "synchronisation", "when replicas synchronise")
+    alpha: float = _setting(0.0, "synchronisation", "qsr, power: growth coefficient")
+    power: float = _setting(2.0, "synchronisation", "power: exponent")
+    h_base: int = _setting(4, "synchronisation", "least local steps per round; constant, post-local: H itself")
+    h_max: int = _setting(-1, "synchronisation", "most local steps per round; -1: no cap")
+    switch_step: int = _setting(-1, "synchronisation", "post-local, swap: step at which rounds lengthen")
+    sync: Literal["average"] = _setting("average", "synchronisation", "how replicas synchronise")
+    state_fields: tuple[str, ...] = _setting((), "synchronisation", "optimizer-state tensors averaged with the parameters")
+    buffers: Literal["keep", "average", "broadcast"] = _setting("keep", "synchronisation", "what a synchronisation does to the model's buffers")
+    track_drift: bool = _setting(False, "synchronisation", "measure how far replicas part before each synchronisation")
+
+    eval_at: Literal["sync", "epoch"] = _setting("sync", "evaluation", "sync: at each epoch's last synchronisation; epoch: at each epoch's end, of the consensus")
+    eval_on_start: bool = _setting(False, "evaluation", "evaluate before the first step")
+    bn: bool = _setting(True, "evaluation", "re-estimate BatchNorm statistics before evaluation")
+    bn_batches: int = _setting(128, "evaluation", "training micro-batches for that, over all replicas")
+
+    log_pth: str = _setting(".localopt/runs", "records", "folder of run folders (host file)")
+    log_freq: int = _setting(20, "records", "steps between training records")
+    save_freq: int = _setting(0, "records", "epochs between checkpoints; 0: only at the end")
+    save_opt: bool = _setting(True, "records", "save optimizer state, so that the run can be resumed")
+    resume_pth: str = _setting("", "records", "checkpoint folder to continue from")
+    wandb: Literal["online", "offline", "disabled"] = _setting("disabled", "records", "Weights & Biases")
+    wandb_project: str = _setting("localopt", "records", "its project (host file)")
+    wandb_entity: str = _setting("", "records", "its account or team (host file)")
+    wandb_tags: tuple[str, ...] = _setting((), "records", "its tags")
+
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "machine", "auto: GPUs where there are some")
+    local_rank: int = _setting(0, "machine", "place on this host, from the launcher")
+    deepspeed_config: str = _setting("", "machine", "DeepSpeed JSON merged into the engine's settings")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name} is {value}: it must be at least {least}")
+        for name, least in _DERIVED.items():
+            value = getattr(self, name)
+            if value != -1 and value < least:
+                raise ConfigError(f"{name} is {value}: at least {least}, or -1 to derive it")
+        self._check_ranges()
+        if self.period in ("qsr", "power") and self.local and self.alpha <= 0:
+            raise ConfigError(
+                f"alpha is {self.alpha}: period {self.period} needs a positive one, such as "
+                f"2 to 3 times max_lr ({self.max_lr})"
+            )
+        if self.period in ("post-local", "swap") and self.local and self.switch_step < 0:
+            raise ConfigError(f"switch_step is {self.switch_step}: period {self.period} needs one")
+        if self.scheduler == "step" and not self.decay_points:
+            raise ConfigError("decay_points is empty: scheduler step needs epochs to decay at")
+        if list(self.decay_points) != sorted(self.decay_points):
+            raise ConfigError(f"decay_points is {list(self.decay_points)}: it must increase")
+        if self.init_model_by_seed == -1 and not self.resume_pth:
+            raise ConfigError("init_model_by_seed is -1: give the weights with --resume-pth")
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("nesterov is true: it needs a positive momentum")
+
+    def _check_ranges(self) -> None:
+        for name, (low, high) in _RANGE.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} is {value}: it must lie between {low} and {high}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ConfigError(f"crop_scale is {[low, high]}: it must be 0 < low <= high <= 1")
+        if self.min_lr > self.max_lr:
+            raise ConfigError(f"min_lr is {self.min_lr}: it exceeds max_lr, {self.max_lr}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ConfigError(f"{f.name} is {number}: it must be finite")
+
+    @property
+    def local(self) -> bool:
+        """Whether the optimizer is a local one; else gradients are averaged at every step."""
+        return self.optimizer.startswith("local")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings in types that YAML and JSON have."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+_LEAST = {
+    "resolution": 1, "nw": 1, "seed": 0, "init_model_by_seed": -1, "epochs": 0, "total_batch_size": 1,
+    "physical_batch_size": 1, "max_lr": 0, "min_lr": 0, "wd": 0, "eps": 0, "clip_norm": 0, "gamma": 0,
+    "warmup_epochs": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0, "local_rank": 0,
+    "power": 0,
+}  # fmt: skip
+_DERIVED = {"steps_per_epoch": 1, "epochs_for_sche": 1, "h_max": 1, "warmup_steps": 0}
+_RANGE = {
+    "label_smoothing": (0, 1), "momentum": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "val_crop_ratio": (0, 1),
+}  # fmt: skip
+HOST_KEYS = ("data_pth", "log_pth", "wandb_project", "wandb_entity", "nw")
+# What may differ between ranks without making them train differently.
+PER_HOST = (*HOST_KEYS, "local_rank", "resume_pth")
+
+_FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
+_TYPES: dict[str, Any] = typing.get_type_hints(Config)
+
+
+def load(argv: Sequence[str]) -> Config:
+    """Read the command line, its recipe and this host's file.
+
+    Args:
+        argv: the arguments after the program's name.
+
+    Raises:
+        ConfigError: for an unknown flag or key, a wrong type or an impossible value.
+        SystemExit: for ``--help``.
+    """
+    flags = _parse(argv)
+    recipe = Path(flags.pop("recipe_pth", ROOT / DEFAULT_RECIPE))
+    default_host = ROOT / f".config_{socket.gethostname()}.yml"
+    given_host = flags.pop("config_pth", None)
+    settings: dict[str, Any] = {}
+    if given_host is not None or default_host.exists():
+        host = Path(given_host or default_host)
+        settings |= _read(host, "host file", HOST_KEYS)
+    settings |= _read(recipe, "recipe", tuple(_FIELDS))
+    settings |= flags
+    return Config(**settings)
+
+
+def _read(path: Path, what: str, allowed: Sequence[str]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{what} {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise ConfigError(f"{what} {path}{line}: not valid YAML") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what} {path}: it must hold `key: value` lines")
+    settings = {}
+    for key, value in content.items():
+        if key not in allowed:
+            raise ConfigError(f"{what} {path}: unknown key {key!r}{_nearest(str(key), allowed)}")
+        try:
+            settings[key] = _convert(value, _TYPES[key])
+        except ValueError as error:
+            raise ConfigError(f"{what} {path}: {key} is {value!r}: {error}") from None
+    return settings
+
+
+def _nearest(name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(allowed)}"
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``, or ValueError saying what it must be."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"it must be one of {', '.join(arguments)}{_nearest_choice(value, arguments)}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(value, arguments)
+    if kind is bool and isinstance(value, str) and value.lower() in _BOOLS:
+        return _BOOLS[value.lower()]
+    if kind in (int, float) and isinstance(value, str):  # YAML reads 1e-3 as text
+        value = _number(value, kind)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"it must be {_KINDS[kind]}")
+    return value
+
+
+_BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def _number(text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"it must be {_KINDS[kind]}") from None
+
+
+def _nearest_choice(value: Any, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _convert_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("it must be a list")
+    if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+        raise ValueError(f"it must be a list of {len(arguments)}")
+    return tuple(_convert(v, arguments[0]) for v in value)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="main.py",
+        usage="deepspeed --hostfile hostfile main.py [flags]",
+        description="Train with few synchronisations. Flags override the recipe.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+    )
+    files = parser.add_argument_group("files")
+    _add_text(files, "recipe_pth", "YAML", f"base settings (default {DEFAULT_RECIPE})")
+    host = "this host's paths (default .config_{hostname}.yml, if there)"
+    _add_text(files, "config_pth", "YAML", host)
+    titles = dict.fromkeys(f.metadata["group"] for f in _FIELDS.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for name, f in _FIELDS.items():
+        _add_flag(groups[f.metadata["group"]], name, f)
+    # DeepSpeed's launcher and examples pass these; the engine is always DeepSpeed's.
+    groups["machine"].add_argument("--deepspeed", action="store_true", help="accepted, always on")
+    return parser
+
+
+def _add_text(group: Any, name: str, metavar: str, text: str) -> None:
+    group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
+    group.add_argument(f"--{name}", help=argparse.SUPPRESS)
+
+
+def _add_flag(group: Any, name: str, f: Field[Any]) -> None:
+    kind = _TYPES[name]
+    origin = typing.get_origin(kind)
+    options: dict[str, Any] = {"dest": name, "help": f"{f.metadata['help']} ({_default_text(f)})"}
+    if origin is tuple:
+        count = typing.get_args(kind)
+        options["nargs"] = "*" if count[-1] is Ellipsis else len(count)
+    if kind is bool:
+        options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
+    elif origin is Literal:
+        options["metavar"] = "{" + ",".join(typing.get_args(kind)) + "}"
+    else:
+        metavar = {int: "N", float: "X"}.get(typing.get_args(kind)[0] if origin is tuple else kind)
+        options["metavar"] = metavar or "TEXT"
+    dashed = name.replace("_", "-")
+    group.add_argument(f"--{dashed}", **options)
+    if dashed != name:
+        group.add_argument(f"--{name}", **options | {"help": argparse.SUPPRESS})
+    if kind is bool:
+        group.add_argument(
+            f"--no-{dashed}", dest=name, action="store_false", help=argparse.SUPPRESS
+        )
+
+
+def _default_text(f: Field[Any]) -> str:
+    default = f.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return f"default {default}" if default != "" else "default none"
+
+
+def _parse(argv: Sequence[str]) -> dict[str, Any]:
+    parser = _parser()
+    known, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        names = sorted({o for action in parser._actions for o in action.option_strings})
+        flag = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(flag, [n for n in names if "_" not in n], n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else "; see --help"
+        raise ConfigError(f"unknown flag {flag}{hint}")
+    flags = vars(known)
+    flags.pop("deepspeed", None)
+    for name, value in flags.items():
+        if name in _TYPES:
+            try:
+                flags[name] = _convert(value, _TYPES[name])
+            except ValueError as error:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} is {value!r}: {error}") from None
+    return flags
+
+
+def absolute(path: str) -> Path:
+    """``path`` as it stands, or below the repository where it is relative."""
+    return ROOT / Path(path).expanduser()

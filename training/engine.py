@@ -1,0 +1,231 @@
+"""The only file that knows DeepSpeed: process group, device, engine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
+
+from localopt import LocalOptimizer
+
+from .config import Config, ConfigError, absolute
+from .optimizers import DataParallel
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank among the replicas, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    host: str
+
+
+def start(config: Config) -> Place:
+    """Join the process group that the launcher describes; alone without a launcher.
+
+    GPUs talk through NCCL, one replica each. More replicas than GPUs share them through gloo,
+    and so do replicas on CPUs.
+
+    Raises:
+        ConfigError: if GPUs are asked for and there are none.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and not gpus:
+        raise ConfigError("device is cuda: this host has no GPU that torch can use")
+    _default_environment(config.local_rank)
+    replicas_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if gpus and config.device != "cpu":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas_here))
+    # Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    own_gpu = device.type == "cuda" and replicas_here <= gpus
+    deepspeed.init_distributed(dist_backend="nccl" if own_gpu else "gloo", verbose=False)
+    return Place(dist.get_rank(), dist.get_world_size(), device, socket.gethostname())
+
+
+def _default_environment(local_rank: int) -> None:
+    """What a launcher would say for one replica, where none has spoken."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            alone["MASTER_PORT"] = str(free.getsockname()[1])
+        os.environ.update(alone)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+@dataclass
+class Measures:
+    """What one step tells, on the device: reading it costs a host synchronisation.
+
+    Attributes:
+        loss: mean training loss of the step's images, 0-dim.
+        correct: images of the step whose label was predicted, 0-dim.
+        grad_norm: global norm before clipping, 0-dim; None where nothing clips.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    grad_norm: Tensor | None
+
+
+class Engine:
+    """DeepSpeed's engine around a model; its gradient all-reduce is off for local optimizers.
+
+    Args:
+        config: the run's settings.
+        model: the module, on its device.
+        optimizer: as `training.optimizers.build` made it.
+        world_size: number of replicas.
+
+    Raises:
+        ConfigError: if the user's DeepSpeed JSON cannot be read or contradicts the run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        optimizer: LocalOptimizer | DataParallel,
+        world_size: int,
+    ) -> None:
+        self.config, self.model, self.optimizer = config, model, optimizer
+        self.accumulation = config.total_batch_size // world_size // config.physical_batch_size
+        self.autocast = functools.partial(
+            torch.autocast,
+            next(model.parameters()).device.type,
+            torch.bfloat16,
+            enabled=config.precision == "bf16",
+        )
+        client = optimizer if isinstance(optimizer, LocalOptimizer) else optimizer.inner
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=client,
+            config=deepspeed_settings(config, self.accumulation),
+            dist_init_required=False,
+        )
+        if config.local:
+            self._engine.enable_backward_allreduce = False
+        else:
+            self._time_all_reduce(optimizer)
+
+    def _time_all_reduce(self, optimizer: DataParallel) -> None:
+        reduce = self._engine.allreduce_gradients
+
+        @functools.wraps(reduce)
+        def timed(*args: Any, **kwargs: Any) -> None:
+            started = time.perf_counter()
+            reduce(*args, **kwargs)
+            optimizer.traffic.exposed += time.perf_counter() - started
+
+        self._engine.allreduce_gradients = timed
+
+    def step(self, micro_batches: Iterable[Batch]) -> Measures:
+        """One optimizer step on the mean loss of ``micro_batches``; images (B, 3, R, R)."""
+        losses, correct = [], []
+        for images, labels in micro_batches:
+            logits = self._engine(images).float()  # (B, classes)
+            loss = functional.cross_entropy(
+                logits, labels, label_smoothing=self.config.label_smoothing
+            )
+            self._engine.backward(loss)
+            losses.append(loss.detach())
+            correct.append((logits.detach().argmax(1) == labels).sum())
+            norm = self._clip()
+            self._engine.step()
+        return Measures(torch.stack(losses).mean(), torch.stack(correct).sum(), norm)
+
+    def _clip(self) -> Tensor | None:
+        """Clip the step's gradient: the replica's own, or the average where that is reduced."""
+        if not self.config.clip_norm or not self._engine.is_gradient_accumulation_boundary():
+            return None
+        return clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+
+    def close(self) -> None:
+        """Leave the process group together: gloo aborts ranks that leave one by one."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+_OURS = {
+    "train_batch_size": "total_batch_size",
+    "train_micro_batch_size_per_gpu": "physical_batch_size",
+    "gradient_accumulation_steps": "physical_batch_size",
+    "gradient_clipping": "clip_norm",
+    "optimizer": "optimizer",
+    "scheduler": "scheduler",
+    "bf16": "precision",
+    "fp16": "precision",
+    "torch_autocast": "precision",
+}
+
+
+def deepspeed_settings(config: Config, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, and what the user's JSON adds.
+
+    Raises:
+        ConfigError: if the JSON cannot be read, or sets what the run itself decides.
+    """
+    settings: dict[str, Any] = {
+        "train_batch_size": config.total_batch_size,
+        "train_micro_batch_size_per_gpu": config.physical_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        # DeepSpeed's default of 1.0 would clip by an all-reduced norm at every step.
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 0},
+        # "bf16" would wrap the optimizer around copies of the weights that averaging misses.
+        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": None,
+    }
+    return settings | (_user_json(config) if config.deepspeed_config else {})
+
+
+def _user_json(config: Config) -> dict[str, Any]:
+    path = absolute(config.deepspeed_config)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"deepspeed_config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"deepspeed_config {path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed_config {path}: it must hold one JSON object")
+    for key in content.keys() & _OURS.keys():
+        raise ConfigError(
+            f"deepspeed_config {path}: {key} belongs to the recipe; set {_OURS[key]} there"
+        )
+    zero = content.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if stage != 0:
+        reason = (
+            "a local optimizer needs all parameters and their optimizer state on every replica"
+            if config.local
+            else "this program saves and evaluates whole replicas"
+        )
+        raise ConfigError(
+            f"deepspeed_config {path}: zero_optimization.stage is {stage!r}: {reason}; use stage 0"
+        )
+    return content

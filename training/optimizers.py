@@ -1,0 +1,144 @@
+"""The optimizer that a config asks for: local, or data-parallel with the same face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from localopt import (
+    QSR,
+    SWAP,
+    Average,
+    Constant,
+    LocalOptimizer,
+    Period,
+    PostLocal,
+    PowerRule,
+    Rule,
+    Traffic,
+)
+from localopt.buffers import Buffers
+from localopt.collective import Collective
+
+from .config import Config
+from .lr import Schedule
+
+
+def build(config: Config, model: nn.Module, schedule: Schedule) -> LocalOptimizer | DataParallel:
+    """The optimizer of ``config`` over all of ``model``'s parameters. Collective if local."""
+    inner = _inner(config, model)
+    if not config.local:
+        return DataParallel(inner, model)
+    return LocalOptimizer(
+        inner,
+        period(config, schedule),
+        RULES[config.sync](config),
+        model=model,
+        buffers=config.buffers,
+        track_drift=config.track_drift,
+    )
+
+
+def _inner(config: Config, model: nn.Module) -> Optimizer:
+    named = list(model.named_parameters())
+    if config.optimizer.endswith("sgd"):
+        return SGD(
+            named, lr=config.max_lr, momentum=config.momentum, nesterov=config.nesterov,
+            weight_decay=config.wd,
+        )  # fmt: skip
+    return AdamW(
+        named, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=config.eps,
+        weight_decay=config.wd,
+    )  # fmt: skip
+
+
+def period(config: Config, schedule: Schedule) -> Period:
+    """The period of ``config``, clamped to the end of the run."""
+    common = {
+        "total_steps": max(1, schedule.total_steps),
+        "h_max": None if config.h_max == -1 else config.h_max,
+        "warmup_steps": schedule.warmup_steps,
+    }
+    if config.period == "qsr":
+        return QSR(config.alpha, config.h_base, **common)
+    if config.period == "power":
+        return PowerRule(config.alpha, config.h_base, config.power, **common)
+    if config.period == "post-local":
+        return PostLocal(config.switch_step, config.h_base, **common)
+    if config.period == "swap":
+        return SWAP(config.switch_step, **common)
+    return Constant(config.h_base, **common)
+
+
+RULES: dict[str, Callable[[Config], Rule]] = {
+    "average": lambda config: Average(state_fields=config.state_fields),
+}
+
+
+class DataParallel:
+    """Data-parallel training with a local optimizer's face: every step is a round of H = 1.
+
+    The engine averages the gradients; this counts what that costs.
+
+    Attributes:
+        inner: the torch optimizer.
+        synced, h, round, traffic, drift: as for `LocalOptimizer`.
+    """
+
+    synced = True
+    h = 1
+    drift = None
+
+    def __init__(self, inner: Optimizer, model: nn.Module) -> None:
+        self.inner = inner
+        self.traffic = Traffic()
+        self.round = 0
+        self._collective = Collective()
+        self._buffers = Buffers(model, "keep", model.parameters())
+        self._buffers.equalise(self._collective)
+        self._bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        inner.register_step_post_hook(self._count_round)
+
+    def _count_round(self, *_: Any) -> None:
+        m = self._collective.world_size
+        self.round += 1
+        self.traffic.syncs += 1
+        self.traffic.bytes += 2 * (m - 1) * self._bytes // m
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        return self.inner.param_groups
+
+    def period(self, step: int, lr: float) -> int:
+        """Gradients are averaged at every step."""
+        return 1
+
+    @contextmanager
+    def consensus(self) -> Iterator[None]:
+        """The replicas are equal; buffers are restored on exit."""
+        saved = self._buffers.snapshot()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self._buffers.restore(saved)
+
+    def finish(self) -> None:
+        """Nothing is open."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state, and what was counted."""
+        counted = {"round": self.round, "traffic": vars(self.traffic).copy()}
+        return {**self.inner.state_dict(), "data_parallel": counted}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.inner.load_state_dict(state_dict)
+        counted = state_dict["data_parallel"]
+        self.round, self.traffic = counted["round"], Traffic(**counted["traffic"])

@@ -1,0 +1,295 @@
+"""What a run leaves behind: metrics.jsonl, Weights & Biases, a progress bar, a closing table."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from localopt import LocalOptimizer, control
+from localopt.collective import Collective
+
+from .checkpoint import write_text
+from .config import ROOT, Config, absolute
+from .engine import Measures, Place
+from .evaluate import Evaluation
+from .optimizers import DataParallel
+
+_PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "numpy", "vit-pytorch", "torchvision", "wandb")
+
+
+class DivergedError(RuntimeError):
+    """The training loss is NaN or infinite."""
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take one record; its "step" is the number of steps finished."""
+
+    def close(self) -> None:
+        """No record follows."""
+
+
+class JsonLines:
+    """One JSON object a line, flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Wandb:
+    """Weights & Biases, by its own rules of login; "offline" needs none."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.wandb_project,
+            entity=config.wandb_entity or None,
+            tags=config.wandb_tags,
+            mode=config.wandb,
+            dir=folder,
+            name=folder.name,
+            config=config.as_dict(),
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        kind, step = record["kind"], record["step"]
+        values = {f"{kind}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_folder(config: Config, collective: Collective) -> Path:
+    """This run's new folder, the same on all ranks, with its config and environment."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    name = control.gather(collective, f"{config.data}-{config.model}-{config.optimizer}-{stamp}")[0]
+    folder = absolute(config.log_pth) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if collective.rank == 0:
+        write_text(folder / "config.yml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        write_text(folder / "environment.json", json.dumps(_environment(collective), indent=2) + "\n")
+    return folder
+
+
+def _environment(collective: Collective) -> dict[str, Any]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpus": torch.cuda.device_count(),
+        "world_size": collective.world_size,
+        "packages": versions,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+class Recorder:
+    """Collects what the loop tells, on rank 0 writes it out.
+
+    Losses stay on the device; they are read every ``log_freq`` steps.
+
+    Args:
+        config: the run's settings.
+        folder: the run's folder.
+        place: rank and device.
+        optimizer: its counters are recorded.
+        total_steps: length of the run.
+        steps_per_epoch: optimizer steps in an epoch.
+        start_step: where it resumes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        place: Place,
+        optimizer: LocalOptimizer | DataParallel,
+        total_steps: int,
+        steps_per_epoch: int,
+        start_step: int,
+    ) -> None:
+        self.config, self.folder, self.place, self.optimizer = config, folder, place, optimizer
+        self.total_steps, self.start_step = total_steps, start_step
+        self.steps_per_epoch = steps_per_epoch
+        self.evaluation: Evaluation | None = None
+        self._sinks: list[Sink] = []
+        if place.rank == 0:
+            self._sinks.append(JsonLines(folder / "metrics.jsonl"))
+            if config.wandb != "disabled":
+                self._sinks.append(Wandb(config, folder))
+        self._pending: list[Measures] = []
+        self._started = time.perf_counter()
+        self._paused = 0.0
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            disable=None if place.rank == 0 else True,  # None: only on a terminal
+            dynamic_ncols=True,
+        )
+
+    def step(self, step: int, lr: float, measures: Measures) -> None:
+        """A step is finished."""
+        self._pending.append(measures)
+        self._bar.update()
+        if step % self.config.log_freq == 0 or step == self.total_steps:
+            self._flush(step, lr)
+
+    def _flush(self, step: int, lr: float) -> None:
+        loss = float(torch.stack([m.loss for m in self._pending]).mean())  # host sync
+        images = len(self._pending) * self.config.total_batch_size // self.place.world_size
+        record = {
+            "kind": "train",
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "loss": loss,
+            "accuracy": float(_sum(m.correct for m in self._pending)) / images,
+            "lr": lr,
+            **self._place_in_round(),
+            **self._cost(),
+        }
+        norms = [m.grad_norm for m in self._pending if m.grad_norm is not None]
+        if norms:
+            record["grad_norm"] = float(torch.stack(norms).mean())
+        self._pending.clear()
+        self._write(record)
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, lr {lr:.2e}, H {self.optimizer.h}, "
+            f"syncs {self.optimizer.traffic.syncs}"
+        )
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the training loss is {loss} at step {step}: lower max_lr, or clip with clip_norm"
+            )
+
+    def evaluated(self, step: int, evaluation: Evaluation, seconds: float) -> None:
+        """The consensus was evaluated in ``seconds``, which do not count as training."""
+        self._paused += seconds
+        self.evaluation = evaluation
+        epoch = step / self.steps_per_epoch
+        self._write(
+            {"kind": "val", "step": step, "epoch": epoch, **vars(evaluation), "seconds": seconds}
+            | self._place_in_round()
+        )
+        if self.place.rank == 0:
+            tqdm.write(
+                f"epoch {epoch:6.2f}  step {step:6d}  H {self.optimizer.h:5d}  "
+                f"syncs {self.optimizer.traffic.syncs:6d}  val loss {evaluation.loss:.4f}  "
+                f"top-1 {evaluation.top1:.2%}",
+                file=sys.stdout,
+            )
+
+    def finished(self) -> None:
+        """The run is over: summary.json and the table."""
+        seconds = time.perf_counter() - self._started - self._paused
+        steps = self.total_steps - self.start_step
+        traffic, evaluation = self.optimizer.traffic, self.evaluation
+        self._bar.close()
+        if self.place.rank == 0:
+            images = steps * self.config.total_batch_size
+            summary = {
+                "kind": "summary",
+                "step": self.total_steps,
+                "replicas": self.place.world_size,
+                **({} if evaluation is None else vars(evaluation)),
+                **self._cost(),
+                "share": traffic.syncs / max(1, self.total_steps),
+                "other_bytes": traffic.other_bytes,
+                "wait": traffic.wait,
+                "train_seconds": seconds,
+                "images_per_second": images / seconds,
+            }
+            self._write(summary)
+            write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            print(_table(summary, self.folder, self.config), flush=True)
+        self.close()
+
+    def close(self) -> None:
+        """No record follows."""
+        self._bar.close()
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+    def _place_in_round(self) -> dict[str, Any]:
+        place: dict[str, Any] = {"h": self.optimizer.h, "round": self.optimizer.round}
+        if self.optimizer.drift is not None:
+            place["drift"] = self.optimizer.drift
+        return place
+
+    def _cost(self) -> dict[str, Any]:
+        traffic = self.optimizer.traffic
+        return {
+            "syncs": traffic.syncs,
+            "bytes": traffic.bytes,
+            "blocked_seconds": traffic.exposed,
+            "seconds": time.perf_counter() - self._started,
+        }
+
+    def _write(self, record: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+
+def _sum(values: Any) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
+def _table(summary: dict[str, Any], folder: Path, config: Config) -> str:
+    accuracy = "not evaluated"
+    if "top1" in summary:
+        accuracy = f"{summary['top1']:.2%} of {summary['images']} images"
+    rows = {
+        "run": f"{config.model} on {config.data}, {config.optimizer}, {summary['replicas']} replicas",
+        "test accuracy (averaged model)": accuracy,
+        "steps": f"{summary['step']:,}",
+        "synchronisations": f"{summary['syncs']:,} ({summary['share']:.1%} of the steps)",
+        "sent per replica": f"{summary['bytes'] / 1e6:,.1f} MB",
+        "blocked": f"{summary['blocked_seconds']:.1f} s of {summary['train_seconds']:.1f} s",
+        "speed": f"{summary['images_per_second']:,.0f} images/s",
+        "run folder": str(folder),
+    }
+    width = max(map(len, rows))
+    line = "-" * (width + 2 + max(map(len, rows.values())))
+    return "\n".join([line, *(f"{key:<{width}}  {value}" for key, value in rows.items()), line])
