@@ -1,0 +1,13 @@
+"""Image data: writing it to FFCV's .beton files, and reading it in an order that a seed decides.
+
+    write.py       `python -m data.write SOURCE --out DIR`: train.beton, val.beton, dataset.json
+    digits.py      the embedded data set: 1,797 real handwritten digits
+    dataset.py     dataset.json and the checks made before a .beton is read
+    order.py       who reads what: permutations, shards, and random draws per sample
+    augment.py     crop boxes and flips from draws; the FFCV decoder that applies them
+    ffcv_parts.py  what is used of FFCV, imported without its side effects
+    loaders.py     TrainData and ValData, which the training program iterates
+
+Everything random is a function of (seed, epoch, sample index), never of the rank, the worker or the
+batch that asked. So a resumed run, or one with other numbers of workers, sees the same images.
+"""

@@ -1,0 +1,109 @@
+"""dataset.json, which says what the .beton files beside it hold, and the checks before reading one.
+
+FFCV follows the addresses inside a .beton without looking whether they lie in the file: a truncated
+one ends the process. So a file is opened only when it is what its writer recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = "dataset.json"
+TRAIN, VAL = "train.beton", "val.beton"
+
+# Up to this size a file's checksum is compared at every opening (a tenth of a second); of a larger
+# one only the size, since reading all of ImageNet would take minutes.
+CHECKSUM_LIMIT = 64 * 2**20
+
+
+class DataError(Exception):
+    """Data are missing, damaged or not those asked for. One line, with the path."""
+
+
+@dataclass(frozen=True)
+class File:
+    """What the writer recorded of one .beton."""
+
+    images: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The content of dataset.json.
+
+    Attributes:
+        name: the source's name.
+        settings: what the source was asked for, such as the split and the image size in pixels.
+        classes: names; the label is the position.
+        mean, std: per channel, over the training part's pixels, black being 0 and white 1.
+        files: by file name.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    files: dict[str, File]
+
+    @classmethod
+    def load(cls, path: Path) -> Dataset:
+        """Read a dataset.json.
+
+        Raises:
+            DataError: it is missing or not of this form.
+        """
+        try:
+            content = json.loads(path.read_text())
+            files = {name: File(**entry) for name, entry in content.pop("files").items()}
+            return cls(**content, files=files)
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing; {_remedy(path)}") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path} cannot be read ({error}); {_remedy(path)}") from None
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def checked(path: str | Path) -> Dataset:
+    """The description of a .beton which was found to be as its writer left it.
+
+    Args:
+        path: the .beton; dataset.json lies in the same folder.
+
+    Raises:
+        DataError: either file is missing, or they don't agree.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} is missing; {_remedy(path)}")
+    dataset = Dataset.load(path.with_name(DESCRIPTION))
+    if path.name not in dataset.files:
+        raise DataError(f"{path} isn't described in {DESCRIPTION}; {_remedy(path)}")
+    file, size = dataset.files[path.name], path.stat().st_size
+    if size != file.bytes:
+        raise damaged(path, f"has {size} bytes instead of {file.bytes}")
+    if size <= CHECKSUM_LIMIT and sha256(path) != file.sha256:
+        raise damaged(path, f"doesn't have the checksum recorded in {DESCRIPTION}")
+    return dataset
+
+
+def damaged(path: Path, what: str) -> DataError:
+    """The error for a file whose content is wrong; `what` completes the sentence."""
+    return DataError(f"{path} {what}; {_remedy(path)}")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remedy(path: Path) -> str:
+    return f"run python -m data.write SOURCE --out {path.parent}"
