@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -24,6 +27,9 @@ from localopt import LocalOptimizer
 
 from .config import Config, ConfigError, absolute
 from .optimizers import DataParallel
+
+# Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 Batch = tuple[Tensor, Tensor]
 
@@ -45,8 +51,10 @@ def start(config: Config) -> Place:
     and so do replicas on CPUs.
 
     Raises:
-        ConfigError: if GPUs are asked for and there are none.
+        ConfigError: if GPUs are asked for and there are none, or the launcher's hostfile is
+            missing.
     """
+    _require_hostfile()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device == "cuda" and not gpus:
@@ -59,11 +67,38 @@ def start(config: Config) -> Place:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas_here))
-    # Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     own_gpu = device.type == "cuda" and replicas_here <= gpus
     deepspeed.init_distributed(dist_backend="nccl" if own_gpu else "gloo", verbose=False)
     return Place(dist.get_rank(), dist.get_world_size(), device, socket.gethostname())
+
+
+def _require_hostfile() -> None:
+    """Refuse a launcher whose --hostfile is missing: it only warns, and trains on fewer replicas.
+
+    The launcher does not pass the flag on, so it is looked for in the processes above this one.
+    """
+    for arguments, folder in _processes_above():
+        if not any("deepspeed" in argument for argument in arguments[:4]):
+            continue  # srun and mpirun have other flags of these names
+        for flag, value in itertools.pairwise(arguments):
+            name, _, joined = flag.partition("=")
+            hostfile = folder / (joined or value)
+            if name in ("-H", "--hostfile") and not hostfile.is_file():
+                raise ConfigError(
+                    f"hostfile {hostfile} is missing: write one line per host, such as "
+                    "`localhost slots=2`"
+                )
+
+
+def _processes_above() -> Iterator[tuple[list[str], Path]]:
+    """Command line and working directory of this process's ancestors, as far as can be seen."""
+    pid = os.getppid()
+    with contextlib.suppress(OSError):
+        while pid > 1:
+            process = Path("/proc", str(pid))
+            yield (process / "cmdline").read_text().split("\0"), (process / "cwd").readlink()
+            # "pid (name) state parent …": the name may hold spaces.
+            pid = int((process / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _default_environment(local_rank: int) -> None:

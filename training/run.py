@@ -59,7 +59,7 @@ def assembled(config: Config) -> Iterator[Run]:
 
     model = models.build(
         config.model,
-        classes=train_data.classes,
+        classes=train_data.num_classes,
         resolution=config.resolution,
         seed=config.init_model_by_seed,
     ).to(place.device)

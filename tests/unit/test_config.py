@@ -1,0 +1,184 @@
+"""Flags override the recipe, which overrides the host's file; what is wrong is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training import config
+from training.config import ROOT, ConfigError, load
+
+RECIPES = sorted((ROOT / "recipe").glob("*.yml"))
+DATA_PARALLEL = {"localadamw": "adamw", "localsgd": "sgd"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    def write(**settings: object) -> str:
+        path = tmp_path / "recipe.yml"
+        path.write_text(yaml.safe_dump({"alpha": 0.1} | settings))
+        return str(path)
+
+    return write
+
+
+def complaint(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_no_arguments_give_the_quick_start() -> None:
+    loaded = load([])
+    assert (loaded.model, loaded.optimizer, loaded.period) == ("simplevit-digits", "localadamw", "qsr")
+
+
+def test_flags_override_recipe_overrides_host_overrides_defaults(recipe, tmp_path: Path) -> None:
+    host = tmp_path / "host.yml"
+    host.write_text("nw: 3\nlog_pth: /from/host\n")
+    path = recipe(nw=4, epochs=7, seed=1)
+    loaded = load(["--config-pth", str(host), "--recipe-pth", path, "--epochs", "9"])
+    assert (loaded.epochs, loaded.nw, loaded.log_pth, loaded.seed) == (9, 4, "/from/host", 1)
+    assert loaded.beta1 == 0.9
+
+
+def test_this_hosts_file_is_found_by_name(recipe, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(config.socket, "gethostname", lambda: "node7")
+    (tmp_path / ".config_node7.yml").write_text("data_pth: /scratch\n")
+    assert load(["--recipe-pth", recipe()]).data_pth == "/scratch"
+
+
+def test_flags_have_dashes_or_underscores_and_booleans_are_forgiving(recipe) -> None:
+    path = recipe(bn="yes", flip=False)
+    given = ["--recipe_pth", path, "--total_batch_size", "8", "--nesterov", "--no-bn"]
+    loaded = load([*given, "--track-drift", "1", "--wandb-tags", "a", "b", "--local_rank=1"])
+    assert (loaded.total_batch_size, loaded.nesterov, loaded.bn) == (8, True, False)
+    assert (loaded.track_drift, loaded.wandb_tags, loaded.local_rank) == (True, ("a", "b"), 1)
+    assert load(["--recipe-pth", path]).bn is True
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text("alpha: 0.1\nmin_lr: 1e-7\nmax_lr: 1\n")
+    loaded = load(["--recipe-pth", str(path)])
+    assert (loaded.min_lr, loaded.max_lr) == (1e-7, 1.0)
+    assert isinstance(loaded.max_lr, float)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"max_lrr": 1}, ["max_lrr", "'max_lr'", "recipe.yml"]),
+        ({"epochs": "many"}, ["epochs", "'many'", "an integer"]),
+        ({"epochs": 1.5}, ["epochs", "1.5", "an integer"]),
+        ({"epochs": True}, ["epochs", "True", "an integer"]),
+        ({"max_lr": None}, ["max_lr", "None", "a number"]),
+        ({"flip": "perhaps"}, ["flip", "'perhaps'", "true or false"]),
+        ({"crop_scale": [0.5]}, ["crop_scale", "list of 2"]),
+        ({"crop_scale": 0.5}, ["crop_scale", "a list"]),
+        ({"optimizer": "locladamw"}, ["optimizer", "'locladamw'", "'localadamw'"]),
+        ({"data": 3}, ["data", "3", "text"]),
+    ],
+)
+def test_a_wrong_key_or_type_in_a_recipe_is_named(recipe, settings, parts) -> None:
+    message = complaint("--recipe-pth", recipe(**settings))
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--max-lrr", "1"], ["--max-lrr", "--max-lr"]),
+        (["--epochs", "1e3"], ["--epochs", "'1e3'", "an integer"]),
+        (["--epochs"], ["--epochs", "expected one argument"]),
+        (["--scheduler", "cosin"], ["--scheduler", "'cosin'", "'cosine'"]),
+        (["--bn", "maybe"], ["--bn", "'maybe'"]),
+        (["stray"], ["stray"]),
+        (["--recipe-pth", "/no/such.yml"], ["/no/such.yml", "No such file"]),
+        (["--config-pth", "/no/host.yml"], ["/no/host.yml", "No such file"]),
+        (["--epoch", "3"], ["--epoch", "--epochs"]),
+    ],
+)
+def test_a_wrong_flag_is_named(argv, parts) -> None:
+    message = complaint(*argv)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"alpha": 0}, ["alpha", "0"]),
+        ({"max_lr": -1.0}, ["max_lr", "-1.0"]),
+        ({"max_lr": float("nan")}, ["max_lr"]),
+        ({"max_lr": float("inf")}, ["max_lr", "inf"]),
+        ({"min_lr": 2.0, "max_lr": 1.0}, ["min_lr", "2.0"]),
+        ({"h_max": 0}, ["h_max", "0"]),
+        ({"steps_per_epoch": 0}, ["steps_per_epoch", "0"]),
+        ({"crop_scale": [0.9, 0.1]}, ["crop_scale", "0.9"]),
+        ({"scheduler": "step"}, ["decay_points"]),
+        ({"scheduler": "step", "decay_points": [30, 10]}, ["decay_points", "30"]),
+        ({"period": "swap"}, ["switch_step", "swap"]),
+        ({"period": "post-local"}, ["switch_step", "post-local"]),
+        ({"init_model_by_seed": -1}, ["init_model_by_seed", "--resume-pth"]),
+        ({"nesterov": True, "momentum": 0.0}, ["nesterov"]),
+        ({"label_smoothing": 1.5}, ["label_smoothing", "1.5"]),
+        ({"epochs": -1}, ["epochs", "-1"]),
+        ({"total_batch_size": 0}, ["total_batch_size", "0"]),
+    ],
+)
+def test_an_impossible_value_is_named(recipe, settings, parts) -> None:
+    message = complaint("--recipe-pth", recipe(**settings))
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("a: [1\n", "not valid YAML"), ("- 1\n", "key: value"), ("", "key: value")],
+)
+def test_a_recipe_that_is_no_recipe_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(text)
+    assert part in complaint("--recipe-pth", str(path))
+
+
+def test_a_host_file_sets_paths_and_nothing_of_the_experiment(tmp_path: Path) -> None:
+    host = tmp_path / "host.yml"
+    host.write_text("epochs: 3\n")
+    message = complaint("--config-pth", str(host))
+    assert "'epochs'" in message
+    assert "data_pth" in message
+
+
+def test_the_example_of_a_host_file_works() -> None:
+    assert load(["--config-pth", str(ROOT / ".config_example.yml")]).data_pth == ".localopt/data"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads_and_opens_with_its_source_and_command(path: Path) -> None:
+    load(["--recipe-pth", str(path)])
+    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for heading in ("Paper:", "Hardware:", "Command:", "Expected:"):
+        assert any(heading in line for line in comment), heading
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "local" in p.stem], ids=lambda p: p.stem)
+def test_the_data_parallel_twin_differs_in_the_optimizer_alone(path: Path) -> None:
+    mine = load(["--recipe-pth", str(path)])
+    family = path.stem.split("-local")[0]
+    twin = load(["--recipe-pth", str(path.with_name(f"{family}-{DATA_PARALLEL[mine.optimizer]}.yml"))])
+    groups = {f.name: f.metadata["group"] for f in config.fields(mine)}
+    different = {k for k, v in twin.as_dict().items() if v != mine.as_dict()[k]}
+    assert {k for k in different if groups[k] != "synchronisation"} == {"optimizer"}
+
+
+def test_help_lists_every_setting(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load(["--help"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert all(f"--{f.name.replace('_', '-')}" in told for f in config.fields(config.Config))
