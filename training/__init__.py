@@ -1,1 +1,1 @@
-"""The training program behind main.py: config, engine, loop, schedules, models, evaluation, records."""
+"""The training program behind main.py."""

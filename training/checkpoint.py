@@ -99,7 +99,9 @@ def load(
     for key in ("model", "optimizer", "data", "total_batch_size", "sync"):
         saved, mine = manifest["config"].get(key), config.as_dict()[key]
         if saved != mine:
-            raise ConfigError(f"resume_pth {path}: saved with {key} {saved!r}, this run has {mine!r}")
+            raise ConfigError(
+                f"resume_pth {path}: saved with {key} {saved!r}, this run has {mine!r}"
+            )
     state = _rank_state(path, manifest, _rank_file(collective.rank))
     if "optimizer" not in state:
         raise ConfigError(f"resume_pth {path}: saved without optimizer state (save_opt: false)")
@@ -115,7 +117,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"resume_pth {path}: no {MANIFEST} there, so no whole checkpoint") from None
+        raise ConfigError(
+            f"resume_pth {path}: no {MANIFEST} there, so no whole checkpoint"
+        ) from None
     except ValueError:
         raise ConfigError(f"resume_pth {path}: {MANIFEST} is damaged") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

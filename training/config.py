@@ -229,7 +229,9 @@ def _convert(value: Any, kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"it must be one of {', '.join(arguments)}{_nearest_choice(value, arguments)}")
+            raise ValueError(
+                f"it must be one of {', '.join(arguments)}{_nearest_choice(value, arguments)}"
+            )
         return value
     if origin is tuple:
         return _convert_tuple(value, arguments)

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,6 +25,13 @@ from localopt import LocalOptimizer
 
 from .config import Config, ConfigError, absolute
 from .optimizers import DataParallel
+
+if not torch.cuda.is_available():
+    # Told so, DeepSpeed does not search for accelerators, and does not warn that there is none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
 
 # Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

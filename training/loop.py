@@ -62,5 +62,10 @@ def evaluate_consensus(run: Run, step: int) -> None:
 def save(run: Run, step: int) -> None:
     """Write a checkpoint below the run's folder. All ranks call it."""
     checkpoint.save(
-        run.folder / "checkpoints", step, run.config, run.engine.model, run.optimizer, run.collective
+        run.folder / "checkpoints",
+        step,
+        run.config,
+        run.engine.model,
+        run.optimizer,
+        run.collective,
     )

@@ -91,7 +91,9 @@ def make_folder(config: Config, collective: Collective) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if collective.rank == 0:
         write_text(folder / "config.yml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-        write_text(folder / "environment.json", json.dumps(_environment(collective), indent=2) + "\n")
+        write_text(
+            folder / "environment.json", json.dumps(_environment(collective), indent=2) + "\n"
+        )
     return folder
 
 
@@ -280,8 +282,9 @@ def _table(summary: dict[str, Any], folder: Path, config: Config) -> str:
     accuracy = "not evaluated"
     if "top1" in summary:
         accuracy = f"{summary['top1']:.2%} of {summary['images']} images"
+    replicas = "1 replica" if summary["replicas"] == 1 else f"{summary['replicas']} replicas"
     rows = {
-        "run": f"{config.model} on {config.data}, {config.optimizer}, {summary['replicas']} replicas",
+        "run": f"{config.model} on {config.data}, {config.optimizer}, {replicas}",
         "test accuracy (averaged model)": accuracy,
         "steps": f"{summary['step']:,}",
         "synchronisations": f"{summary['syncs']:,} ({summary['share']:.1%} of the steps)",

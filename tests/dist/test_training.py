@@ -168,7 +168,13 @@ def _shares(rank: int, world_size: int, count: int) -> tuple:
     micro_batches = [(images[2 * i : 2 * i + 2], None) for i in range(rank, count // 2, world_size)]
     estimate_batch_norm(model, micro_batches, collective, no_cast)
     norm = model[1]
-    return vars(evaluation), trained, norm.running_mean.clone(), norm.running_var.clone(), norm.momentum
+    return (
+        vars(evaluation),
+        trained,
+        norm.running_mean.clone(),
+        norm.running_var.clone(),
+        norm.momentum,
+    )
 
 
 @pytest.mark.parametrize("count", [2, 7, 11])

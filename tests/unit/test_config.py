@@ -34,7 +34,11 @@ def complaint(*argv: str) -> str:
 
 def test_no_arguments_give_the_quick_start() -> None:
     loaded = load([])
-    assert (loaded.model, loaded.optimizer, loaded.period) == ("simplevit-digits", "localadamw", "qsr")
+    assert (loaded.model, loaded.optimizer, loaded.period) == (
+        "simplevit-digits",
+        "localadamw",
+        "qsr",
+    )
 
 
 def test_flags_override_recipe_overrides_host_overrides_defaults(recipe, tmp_path: Path) -> None:
@@ -170,7 +174,9 @@ def test_a_recipe_loads_and_opens_with_its_source_and_command(path: Path) -> Non
 def test_the_data_parallel_twin_differs_in_the_optimizer_alone(path: Path) -> None:
     mine = load(["--recipe-pth", str(path)])
     family = path.stem.split("-local")[0]
-    twin = load(["--recipe-pth", str(path.with_name(f"{family}-{DATA_PARALLEL[mine.optimizer]}.yml"))])
+    twin = load(
+        ["--recipe-pth", str(path.with_name(f"{family}-{DATA_PARALLEL[mine.optimizer]}.yml"))]
+    )
     groups = {f.name: f.metadata["group"] for f in config.fields(mine)}
     different = {k for k, v in twin.as_dict().items() if v != mine.as_dict()[k]}
     assert {k for k in different if groups[k] != "synchronisation"} == {"optimizer"}

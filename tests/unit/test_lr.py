@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_the_warm_up_is_linear_from_the_final_rate(kind: str) -> None:
     rates = [schedule(kind)(step) for step in range(WARMUP + 1)]
     assert rates[0] == LOW
     assert rates[WARMUP] == PEAK
-    steps = [b - a for a, b in zip(rates, rates[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(rates)]
     assert max(steps) == pytest.approx(min(steps), rel=1e-9)
 
 

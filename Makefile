@@ -1,0 +1,24 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint bench
+
+PYTHON := .venv/bin/python
+BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+
+help:  ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+setup:  ## make .venv, or bring it up to date
+	@run-scripts/setup.sh
+
+test:  ## lint and run all tests
+	@run-scripts/test.sh
+
+lint: setup  ## ruff, and shellcheck where it is installed
+	$(PYTHON) -m ruff check .
+	if command -v shellcheck >/dev/null; then shellcheck run-scripts/*.sh tests/*.sh .ci/run; fi
+
+bench: setup  ## every benchmark in its short form
+	@$(if $(BENCHMARKS),,echo "no benchmarks in benchmarks/")
+	@set -e; for file in $(BENCHMARKS); do \
+	    module=$${file%.py}; echo "== $$file"; $(PYTHON) -m "$$(echo "$$module" | tr / .)" --short; \
+	done

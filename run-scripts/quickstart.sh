@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# The main job, from nothing to a result: two replicas of a small ViT learn the digits with
+# LocalAdamW and QSR. Sets up and writes the data first if they are missing. Needs no GPU, and uses
+# those there are. Arguments go to main.py; relative paths count from the repository's root:
+#
+#   run-scripts/quickstart.sh
+#   run-scripts/quickstart.sh --seed 1 --h-base 8
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+grace=60 # seconds between the first signal and the last: ranks may end their round and save
+settings=(--recipe-pth recipe/digits-vit-localadamw-qsr.yml "$@")
+
+if grep -qvE '^(#|localhost |[[:space:]]*$)' hostfile; then
+    echo "quickstart.sh: hostfile lists other hosts, this script is for one; where ssh reaches" \
+        "them, run: .venv/bin/deepspeed --hostfile hostfile main.py" >&2
+    exit 2
+fi
+
+run-scripts/setup.sh
+
+# Where main.py will look for data. Asking also finds a wrong flag now, not later once per rank. The
+# answer comes through descriptor 3, since --help writes to standard output; then there is none.
+ask='
+import os, sys
+from training.config import ConfigError, absolute, load
+try:
+    os.write(3, os.fsencode(absolute(load(sys.argv[1:]).data_pth)))
+except ConfigError as problem:
+    print(f"quickstart.sh: {problem}", file=sys.stderr)
+    sys.exit(2)'
+data=$("$python" -c "$ask" "${settings[@]}" 3>&1 >&2) || exit
+[[ -n $data ]] || exit 0
+"$python" -m data.write digits --out "$data/digits"
+
+# DeepSpeed's launcher starts one process per slot. The shipped two slots are right for up to two
+# GPUs (on one, both replicas share it); a hostfile that was edited is left alone.
+launch=(--quiet --hostfile hostfile)
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || true
+if ((gpus > 2)) && [[ $(<hostfile) == "localhost slots=2" ]]; then
+    hostfile=$(mktemp)
+    echo "localhost slots=$gpus" >"$hostfile"
+    launch=(--quiet --hostfile "$hostfile")
+    # With a hostfile the launcher overwrites this variable.
+    [[ -z ${CUDA_VISIBLE_DEVICES-} ]] || launch+=(--include "localhost:$CUDA_VISIBLE_DEVICES")
+fi
+
+# Told so, DeepSpeed's launcher doesn't warn that there is none.
+((gpus)) || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+
+# A port that is free, so that two runs on one machine don't collide.
+port=$("$python" -c 'import socket
+print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
+launch+=(--no_ssh_check --master_addr 127.0.0.1 --master_port "$port")
+
+# DeepSpeed's runner passes no signal on, and its ranks would train without it. So it gets a process
+# group of its own (set -m), and this script ends the group; $! is its number.
+signal() { kill "-$1" -- "-$!" 2>/dev/null || true; }
+
+running() { # is a process left in the group? Zombies don't count: a container may keep them
+    local stat line fields
+    for stat in /proc/[0-9]*/stat; do
+        { read -r line <"$stat"; } 2>/dev/null || continue
+        read -ra fields <<<"${line##*) }" # state, parent, process group
+        [[ ${fields[2]} != "$!" || ${fields[0]} == Z ]] || return 0
+    done
+    return 1
+}
+
+finish() { # STATUS: leave once no rank is left
+    local deadline=$((SECONDS + grace))
+    while running; do
+        ((SECONDS < deadline)) || signal KILL
+        ((SECONDS < deadline + 10)) || break
+        sleep 0.2
+    done
+    exit "$1"
+}
+
+stop() { # STATUS
+    trap 'signal KILL' INT TERM HUP # the second time, at once
+    signal TERM
+    finish "$1"
+}
+
+trap 'rm -f ${hostfile:+"$hostfile"}' EXIT
+trap 'stop 129' HUP
+trap 'stop 130' INT
+trap 'stop 143' TERM
+set -m
+.venv/bin/deepspeed "${launch[@]}" main.py "${settings[@]}" &
+set +m
+status=0
+wait "$!" || status=$?
+# The runner reports success even when the process under it was killed. Ranks still at work tell.
+if ((status == 0)) && running && sleep 10 && running; then
+    echo "quickstart.sh: the launcher died and its ranks train on: ending them; run this again" >&2
+    stop 1
+fi
+finish "$status"

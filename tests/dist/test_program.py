@@ -1,0 +1,258 @@
+"""main.py from the outside: runs, resumes, and answers bad input with one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from .program import ROOT, start
+
+RECIPES = sorted((ROOT / "recipe").glob("*.yml"))
+SHORT = ("--epochs", "2", "--steps-per-epoch", "6", "--warmup-epochs", "0", "--log-freq", "1")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of data sets with the digits in it, written by the command the README names."""
+    folder = tmp_path_factory.mktemp("data")
+    command = [str(ROOT / ".venv/bin/python"), "-m", "data.write", "digits", "--out"]
+    subprocess.run([*command, str(folder / "digits")], check=True, cwd=ROOT, capture_output=True)
+    return str(folder)
+
+
+@pytest.fixture
+def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
+    return ("--data-pth", data, "--log-pth", str(tmp_path / "runs"), *SHORT)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_evaluates_and_leaves_a_folder(flags, recipe: Path) -> None:
+    outcome = start("--recipe-pth", str(recipe), *flags)
+    assert outcome.codes == [0, 0], outcome.errors
+    folder, records = outcome.folder, outcome.records
+    assert "test accuracy (averaged model)" in outcome.outputs[0]
+    assert outcome.outputs[1] == ""  # only rank 0 speaks
+    for name in ("config.yml", "environment.json", "summary.json"):
+        assert (folder / name).stat().st_size > 0
+    assert (folder / "checkpoints/step-00000012/manifest.json").exists()
+
+    trained = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in trained] == list(range(1, 13))
+    evaluations = [r for r in records if r["kind"] == "val"]
+    assert evaluations[-1]["step"] == 12
+    assert all(r["images"] == 359 for r in evaluations)
+    local = "local" in recipe.stem
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["syncs"] == (3 if local else 12)  # rounds of h_base = 4
+    assert summary["bytes"] > 0
+
+
+def test_the_averaged_model_is_evaluated_at_each_epochs_last_synchronisation(flags) -> None:
+    rounds = ("--period", "constant", "--h-base", "4")
+    steps = [r["step"] for r in start(*flags, *rounds).records if r["kind"] == "val"]
+    assert steps == [4, 12]  # epochs end at 6 and 12
+    steps = [
+        r["step"]
+        for r in start(*flags, *rounds, "--eval-at", "epoch").records
+        if r["kind"] == "val"
+    ]
+    assert steps == [6, 12]  # of the consensus, in the middle of a round
+
+
+def test_evaluating_more_often_changes_nothing_but_its_own_traffic(flags) -> None:
+    rounds = ("--recipe-pth", "recipe/digits-resnet-localsgd-qsr.yml", "--period", "constant",
+              "--h-base", "5")  # fmt: skip
+    seldom = start(*flags, *rounds)
+    often = start(*flags, *rounds, "--eval-at", "epoch", "--eval-on-start")
+    assert [_weights(seldom.folder, rank) for rank in (0, 1)] == [
+        _weights(often.folder, rank) for rank in (0, 1)
+    ]
+    one, other = (json.loads((o.folder / "summary.json").read_text()) for o in (seldom, often))
+    assert one["bytes"] == other["bytes"]
+    assert one["other_bytes"] < other["other_bytes"]
+
+
+def _weights(folder: Path, rank: int, step: int = 12) -> dict[str, list]:
+    file = folder / f"checkpoints/step-{step:08d}/rank-{rank:04d}.pt"
+    state = torch.load(file, weights_only=True)["model"]
+    return {name: tensor.tolist() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "recipe", ["digits-vit-localadamw-qsr", "digits-resnet-localsgd-qsr", "digits-resnet-sgd"]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str) -> None:
+    """Saved in the middle of a round: replicas, momenta and data positions are each their own."""
+    given = (
+        "--recipe-pth",
+        f"recipe/{recipe}.yml",
+        *flags,
+        "--period",
+        "constant",
+        "--h-base",
+        "4",
+    )
+    whole = start(*given, "--save-freq", "1")
+    assert whole.codes == [0, 0], whole.errors
+    resumed = start(*given, "--resume-pth", str(whole.folder / "checkpoints/step-00000006"))
+    assert resumed.codes == [0, 0], resumed.errors
+    for rank in (0, 1):
+        assert _weights(whole.folder, rank) == _weights(resumed.folder, rank)
+    if "local" in recipe:
+        halfway = [_weights(whole.folder, rank, 6) for rank in (0, 1)]
+        assert halfway[0] != halfway[1]
+    timed = (
+        "seconds",
+        "blocked_seconds",
+        "train_seconds",
+        "images_per_second",
+        "wait",
+        "other_bytes",
+    )
+    later = [r for r in whole.records if r["step"] > 6]
+    for expected, told in zip(later, resumed.records, strict=True):
+        for record in (expected, told):
+            for key in timed:
+                record.pop(key, None)
+        assert told == expected
+
+
+def test_the_result_does_not_depend_on_the_number_of_loader_workers(flags) -> None:
+    one, three = (start(*flags, "--nw", workers) for workers in ("1", "3"))
+    assert _weights(one.folder, 0) == _weights(three.folder, 0)
+
+
+def test_one_replica_needs_no_launcher(flags) -> None:
+    outcome = start(*flags, world_size=1)
+    assert outcome.codes == [0], outcome.errors
+    assert "1 replica\n" in outcome.outputs[0]
+
+
+def one_line(outcome, rank: int = 0) -> str:
+    assert all(code != 0 for code in outcome.codes), outcome
+    (line,) = outcome.complaints(rank)
+    assert "Traceback" not in outcome.errors[rank]
+    return line
+
+
+def test_missing_data_are_named_with_the_remedy(flags, tmp_path: Path) -> None:
+    line = one_line(start(*flags, "--data-pth", str(tmp_path), "--data", "imagenet"))
+    assert str(tmp_path / "imagenet/train.beton") in line
+    assert "python -m data.write" in line
+
+
+def test_a_corrupt_file_is_named(flags, data: str, tmp_path: Path) -> None:
+    broken = tmp_path / "digits"
+    broken.mkdir()
+    for file in (Path(data) / "digits").iterdir():
+        content = file.read_bytes()
+        cut = len(content) // 2 if file.name == "val.beton" else len(content)
+        (broken / file.name).write_bytes(content[:cut])
+    line = one_line(start(*flags, "--data-pth", str(tmp_path)))
+    assert str(broken / "val.beton") in line
+
+
+def test_batches_that_do_not_divide_are_named(flags) -> None:
+    assert "total_batch_size is 63" in one_line(start(*flags, "--total-batch-size", "63"))
+    line = one_line(start(*flags, "--physical-batch-size", "24"))
+    assert "physical_batch_size is 24" in line
+    assert "total_batch_size is 4096" in one_line(start(*flags, "--total-batch-size", "4096"))
+
+
+def test_an_unknown_key_is_named_once_per_host(flags, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("alpha: 0.1\nhbase: 4\n")
+    line = one_line(start(*flags, "--recipe-pth", str(recipe)))
+    assert "'hbase'" in line
+    assert "'h_base'" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ('{"zero_optimization": {"stage": 1}}', ["stage is 1", "local optimizer"]),
+        ('{"bf16": {"enabled": true}}', ["bf16", "precision"]),
+        ('{"gradient_clipping": 1.0}', ["gradient_clipping", "clip_norm"]),
+        ("{", ["not valid JSON"]),
+        (None, ["No such file"]),
+    ],
+    ids=["ZeRO", "bf16", "clipping", "JSON", "missing"],
+)
+def test_a_deepspeed_file_that_contradicts_local_training_is_refused(
+    flags, tmp_path: Path, content: str | None, parts: list[str]
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    if content is not None:
+        file.write_text(content)
+    line = one_line(start(*flags, "--deepspeed_config", str(file)))
+    assert all(part in line for part in [*parts, "deepspeed.json"]), line
+
+
+def test_a_replica_with_another_recipe_is_named_on_every_rank(flags) -> None:
+    outcome = start(*flags, per_rank=[(), ("--alpha", "0.9")])
+    for rank in (0, 1):
+        line = one_line(outcome, rank)
+        assert "rank 1" in line
+        assert "alpha: 0.9" in line
+
+
+def test_a_replica_that_goes_nan_is_named_on_every_rank(flags) -> None:
+    poisoned = ROOT / "tests/dist/poisoned.py"
+    outcome = start(
+        *flags, "--period", "constant", "--h-base", "4", "--log-freq", "100", script=poisoned
+    )
+    for rank in (0, 1):
+        line = one_line(outcome, rank)
+        assert "rank 1 brought NaN or infinity" in line
+        assert "step 4" in line
+
+
+def test_a_diverging_run_says_so(flags) -> None:
+    recipe = ("--recipe-pth", "recipe/digits-resnet-sgd.yml")
+    line = one_line(start(*flags, *recipe, "--max-lr", "1e20", "--min-lr", "1e20"))
+    assert "the training loss is" in line
+    assert "max_lr" in line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the quick start's recipe, after one epoch."""
+    logs = str(tmp_path_factory.mktemp("runs"))
+    saved = start(*SHORT, "--epochs", "1", "--data-pth", data, "--log-pth", logs)
+    return saved.folder / "checkpoints/step-00000006"
+
+
+@pytest.mark.parametrize(
+    ("damage", "extra", "world_size", "part"),
+    [
+        ("no manifest", (), 2, "manifest.json"),
+        ("a flipped bit", (), 2, "rank-0000.pt is damaged"),
+        ("a missing rank", (), 2, "rank-0000.pt is missing"),
+        ("", ("--model", "resnet-digits"), 2, "model 'simplevit-digits'"),
+        ("", (), 1, "saved by 2 replicas"),
+    ],
+    ids=["no manifest", "a flipped bit", "a missing rank", "another model", "fewer replicas"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    flags, checkpoint: Path, tmp_path: Path, damage: str, extra: tuple, world_size: int, part: str
+) -> None:
+    saved = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, saved)
+    file = saved / "rank-0000.pt"
+    if damage == "no manifest":
+        (saved / "manifest.json").unlink()
+    elif damage == "a flipped bit":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "a missing rank":
+        file.unlink()
+    outcome = start(*flags, *extra, "--resume-pth", str(saved), world_size=world_size)
+    assert outcome.codes[0] != 0
+    (line,) = outcome.complaints(0)
+    assert part in line
