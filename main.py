@@ -25,16 +25,16 @@ def main(config: Config) -> None:
         with assembled(config) as run:
             train(run)
     except (ConfigError, DataError, LayoutMismatchError, SyncError, DivergedError) as error:
-        fail(config.local_rank, f"{type(error).__name__}: {error}")
+        fail(f"{type(error).__name__}: {error}")
     except Exception:
-        fail(config.local_rank, traceback.format_exc(), status=1)
+        fail(traceback.format_exc(), status=1)
 
 
-def fail(local_rank: int, message: str, status: int = 2) -> NoReturn:
+def fail(message: str, status: int = 2) -> NoReturn:
     """Say on standard error which rank stops and why, and stop it at once."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     # Ranks of a host mostly fail alike: the launcher ends the others before they repeat it.
-    time.sleep(0 if local_rank == 0 else 3)
-    rank = os.environ.get("RANK", "0")
+    time.sleep(0 if local_rank == "0" else 3)
     print(f"main.py: rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)  # an orderly exit could wait for collectives that never end
@@ -44,5 +44,5 @@ if __name__ == "__main__":
     try:
         settings = load(sys.argv[1:])
     except ConfigError as problem:
-        fail(int(os.environ.get("LOCAL_RANK", "0")), str(problem))
+        fail(str(problem))
     main(settings)

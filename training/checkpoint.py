@@ -32,8 +32,14 @@ def save(
     model: nn.Module,
     optimizer: LocalOptimizer | DataParallel,
     collective: Collective,
+    *,
+    publishes: bool,
 ) -> Path:
     """Write ``folder/step-{step}``; return its path. Every rank calls it; no collective is made.
+
+    Args:
+        publishes: whether this rank puts its host's files under their final name: one per host,
+            for hosts that share no disk.
 
     Raises:
         OSError: on the rank that cannot write; nothing is left under the final name.
@@ -53,7 +59,7 @@ def save(
         os.fsync(file.fileno())
     told = json.dumps({"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)})
     files = control.gather(collective, told)
-    if config.local_rank == 0:  # once per host, for hosts that share no disk
+    if publishes:
         manifest = {
             "format": FORMAT,
             "step": step,

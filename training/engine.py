@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -41,12 +42,12 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands: its rank among the replicas, and its device."""
+    """Where this process stands: its rank among the replicas and on its host, and its device."""
 
     rank: int
     world_size: int
+    local_rank: int
     device: torch.device
-    host: str
 
 
 def start(config: Config) -> Place:
@@ -65,16 +66,17 @@ def start(config: Config) -> Place:
     if config.device == "cuda" and not gpus:
         raise ConfigError("device is cuda: this host has no GPU that torch can use")
     _default_environment(config.local_rank)
+    local_rank = int(os.environ["LOCAL_RANK"])
     replicas_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if gpus and config.device != "cpu":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+        device = torch.device("cuda", local_rank % gpus)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas_here))
     own_gpu = device.type == "cuda" and replicas_here <= gpus
     deepspeed.init_distributed(dist_backend="nccl" if own_gpu else "gloo", verbose=False)
-    return Place(dist.get_rank(), dist.get_world_size(), device, socket.gethostname())
+    return Place(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 def _require_hostfile() -> None:
@@ -173,13 +175,13 @@ class Engine:
             self._time_all_reduce(optimizer)
 
     def _time_all_reduce(self, optimizer: DataParallel) -> None:
-        reduce = self._engine.allreduce_gradients
+        reduce, timer = self._engine.allreduce_gradients, _Timer(self.model)
 
         @functools.wraps(reduce)
         def timed(*args: Any, **kwargs: Any) -> None:
-            started = time.perf_counter()
-            reduce(*args, **kwargs)
-            optimizer.traffic.exposed += time.perf_counter() - started
+            with timer:
+                reduce(*args, **kwargs)
+            optimizer.traffic.exposed = timer.seconds
 
         self._engine.allreduce_gradients = timed
 
@@ -208,6 +210,34 @@ class Engine:
         """Leave the process group together: gloo aborts ranks that leave one by one."""
         dist.barrier()
         dist.destroy_process_group()
+
+
+class _Timer:
+    """Adds up the seconds inside its context; on a GPU by events, without waiting for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._on_gpu = next(model.parameters()).is_cuda
+        self._pending: collections.deque[tuple[torch.cuda.Event, torch.cuda.Event]] = (
+            collections.deque()
+        )
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+        if self._on_gpu:
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def __exit__(self, *_: object) -> None:
+        if not self._on_gpu:
+            self.seconds += time.perf_counter() - self._started
+            return
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        self._pending.append((self._event, end))
+        while self._pending and self._pending[0][1].query():
+            begin, end = self._pending.popleft()
+            self.seconds += begin.elapsed_time(end) / 1000
 
 
 _OURS = {

@@ -68,4 +68,5 @@ def save(run: Run, step: int) -> None:
         run.engine.model,
         run.optimizer,
         run.collective,
+        publishes=run.place.local_rank == 0,
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from data import write
 from data.dataset import checked
 from data.loaders import TrainData, ValData
 from localopt import LocalOptimizer, control
@@ -25,6 +24,7 @@ class Run:
     """Everything that a training run is made of."""
 
     config: Config
+    place: engine.Place
     folder: Path
     schedule: Schedule
     engine: engine.Engine
@@ -76,9 +76,19 @@ def assembled(config: Config) -> Iterator[Run]:
     )
     try:
         yield Run(
-            config, folder, schedule, trainer, optimizer, train_data, val_data, collective,
-            recorder, steps_per_epoch, start_step,
-        )  # fmt: skip
+            config=config,
+            place=place,
+            folder=folder,
+            schedule=schedule,
+            engine=trainer,
+            optimizer=optimizer,
+            train_data=train_data,
+            val_data=val_data,
+            collective=collective,
+            recorder=recorder,
+            steps_per_epoch=steps_per_epoch,
+            start_step=start_step,
+        )
     finally:
         recorder.close()
     trainer.close()
@@ -112,7 +122,9 @@ def _open_data(
 ) -> tuple[TrainData, ValData]:
     folder = absolute(config.data_pth) / config.data
     # The embedded data set is written where it is missing, once per host.
-    if config.data == "digits" and config.local_rank == 0 and not folder.exists():
+    if config.data == "digits" and place.local_rank == 0 and not folder.exists():
+        from data import write  # imports scikit-learn, which takes a second
+
         write.write("digits", {"size": 32, "split": "test"}, folder)
     control.gather(collective, "data are there")
     common = {
