@@ -5,7 +5,7 @@ any period goes with any rule around any torch optimizer.
 """
 
 from .collective import Traffic
-from .control import LayoutMismatchError
+from .control import AbsentRankError, LayoutMismatchError
 from .header import NonFiniteError, ReplicaMismatchError, SyncError
 from .optimizer import LocalAdamW, LocalOptimizer, LocalSGD
 from .period import QSR, SWAP, Constant, Period, PostLocal, PowerRule
@@ -14,6 +14,7 @@ from .sync import Average, Rule
 __all__ = [
     "QSR",
     "SWAP",
+    "AbsentRankError",
     "Average",
     "Constant",
     "LayoutMismatchError",

@@ -55,12 +55,18 @@ class Buffers:
         """The model's buffers as they are now."""
         return dict(self.model.named_buffers()) if self.model is not None else {}
 
+    def described(self) -> list[str]:
+        """A line for each tensor that `equalise` sends."""
+        tensors = {**self.named(), **self._other_parameters()}
+        return [f"{name}: shape {tuple(t.shape)}, {t.dtype}" for name, t in tensors.items()]
+
     def entries(self) -> list[Entry]:
         """What the policy adds to the flat layout."""
         if self.policy == "keep":
             return []
         entries = []
         for name, t in self.named().items():
+            t = _real(t)
             if t.dtype.is_floating_point:
                 like = t.new_empty(t.shape)
             elif self.policy == "broadcast":
@@ -93,8 +99,13 @@ class Buffers:
     def _pairs(self, views: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         if self.policy == "keep":
             return []
-        named = self.named()
-        return [(t, views[f"buffer {n}"]) for n, t in named.items() if f"buffer {n}" in views]
+        named = {f"buffer {name}": _real(t) for name, t in self.named().items()}
+        return [(t, views[name]) for name, t in named.items() if name in views]
+
+    def _other_parameters(self) -> dict[str, Tensor]:
+        """The model's parameters that the optimizer does not own."""
+        named = self.model.named_parameters() if self.model is not None else ()
+        return {name: p.data for name, p in named if id(p) not in self._owned}
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all buffers."""
@@ -110,8 +121,7 @@ class Buffers:
         """Give every replica rank 0's buffers, and rank 0's parameters outside the optimizer."""
         if self.model is None or collective.world_size == 1:
             return
-        others = [p.data for p in self.model.parameters() if id(p) not in self._owned]
-        tensors = [*self.named().values(), *others]
+        tensors = [*self.named().values(), *self._other_parameters().values()]
         if not tensors:
             return
         device = tensors[0].device
@@ -121,3 +131,8 @@ class Buffers:
         for tensor, chunk in zip(tensors, packed.split([len(c) for c in chunks]), strict=True):
             # A clone starts at an aligned address, which a view of another type needs.
             tensor.copy_(chunk.clone().view(tensor.dtype).view(tensor.shape))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a view of pairs of reals; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

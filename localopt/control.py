@@ -5,6 +5,7 @@ Nothing here is a collective, so replicas that differ can say so instead of cras
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections import Counter
@@ -15,19 +16,23 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from .collective import Collective
-from .header import ranks_text
+from .header import SyncError, ranks_text
 
 TIMEOUT = timedelta(minutes=5)
 _FAREWELL = timedelta(seconds=10)
 
-_agreements: Counter[str] = Counter()
+_calls: Counter[str] = Counter()
 
 
 class LayoutMismatchError(ValueError):
     """Replicas were built with different parameters, rules or periods; raised on every rank."""
 
 
-def agree(collective: Collective, lines: Sequence[str], timeout: timedelta = TIMEOUT) -> None:
+class AbsentRankError(SyncError):
+    """A rank did not arrive in time; raised on those that waited for it."""
+
+
+def agree(collective: Collective, lines: Sequence[str], timeout: timedelta) -> None:
     """Raise on every rank, naming the first difference, unless all ranks bring the same lines.
 
     Args:
@@ -36,33 +41,56 @@ def agree(collective: Collective, lines: Sequence[str], timeout: timedelta = TIM
         timeout: how long to wait for the slowest rank.
 
     Raises:
-        LayoutMismatchError: if ranks differ, or one does not arrive within ``timeout``.
+        LayoutMismatchError: if ranks differ.
+        AbsentRankError: if one does not arrive within ``timeout``.
     """
     if collective.world_size == 1:
         return
-    group = collective.group or dist.group.WORLD
-    name = group.group_name
-    _agreements[name] += 1
-    store = dist.PrefixStore(
-        f"localopt/agree/{name}/{_agreements[name]}",
-        distributed_c10d._get_process_group_store(group),
-    )
+    store = _store(collective, "agree")
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     digests = _exchange(store, "digest", digest, collective, range(collective.world_size), timeout)
     odd = [rank for rank, other in digests.items() if other != digests[0]]
     if not odd:
         return
     texts = _exchange(store, "text", "\n".join(lines), collective, (0, odd[0]), timeout)
-    # The store lives in one of the ranks: none may leave before all have read.
-    _exchange(store, "read", "", collective, range(collective.world_size), _FAREWELL)
+    store.set(f"read/{collective.rank}", "")
+    if dist.get_rank() == 0:  # the store may live in this process: leave when all have read
+        with contextlib.suppress(RuntimeError):  # a rank has died meanwhile: say what is known
+            store.wait([f"read/{rank}" for rank in range(collective.world_size)], _FAREWELL)
     mine, theirs = (texts[rank].split("\n") for rank in (0, odd[0]))
     for a, b in itertools.zip_longest(mine, theirs, fillvalue="nothing more"):
         if a != b:
             raise LayoutMismatchError(
                 f"{ranks_text(odd)} of {collective.world_size} "
                 f"{'differs' if len(odd) == 1 else 'differ'} from rank 0: rank {odd[0]} has "
-                f"[{b}] where rank 0 has [{a}]. All replicas need the same model, period and rule"
+                f"[{b}] where rank 0 has [{a}]. Replicas must be built alike"
             )
+
+
+def gather(collective: Collective, value: str, timeout: timedelta = TIMEOUT) -> list[str]:
+    """Every rank's ``value``, by rank: a barrier that carries text.
+
+    Args:
+        collective: the ranks; every one must call, in the same order of calls.
+        value: what this rank tells.
+        timeout: how long to wait for the slowest rank.
+
+    Raises:
+        AbsentRankError: if a rank does not arrive within ``timeout``.
+    """
+    if collective.world_size == 1:
+        return [value]
+    ranks = range(collective.world_size)
+    texts = _exchange(_store(collective, "gather"), "text", value, collective, ranks, timeout)
+    return [texts[rank] for rank in ranks]
+
+
+def _store(collective: Collective, purpose: str) -> dist.Store:
+    """A store of its own for this call, the same on all ranks."""
+    group = collective.group or dist.group.WORLD
+    _calls[group.group_name] += 1
+    prefix = f"localopt/{purpose}/{group.group_name}/{_calls[group.group_name]}"
+    return dist.PrefixStore(prefix, distributed_c10d._get_process_group_store(group))
 
 
 def _exchange(
@@ -78,10 +106,10 @@ def _exchange(
     keys = [f"{key}/{rank}" for rank in wanted]
     try:
         store.wait(keys, timeout)
-    except dist.DistStoreError as error:
+    except RuntimeError as error:  # a FileStore's time-out is no DistStoreError
         missing = [rank for rank, k in zip(wanted, keys, strict=True) if not store.check([k])]
-        raise LayoutMismatchError(
-            f"{ranks_text(missing)} did not build the optimizer within "
-            f"{timeout.total_seconds():.0f} s; rank {collective.rank} has waited for it"
+        raise AbsentRankError(
+            f"{ranks_text(missing)} did not arrive within {timeout.total_seconds():.0f} s, where "
+            f"rank {collective.rank} waited: it has died, hangs, or made another call"
         ) from error
     return {rank: store.get(k).decode() for rank, k in zip(wanted, keys, strict=True)}

@@ -8,6 +8,7 @@ each tensor starts at a multiple of 64 bytes, with the strides that the paramete
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -89,6 +90,7 @@ class Flat:
         self.params = list(params)
         own = [Entry.like(name, p) for name, p in params]
         self.entries = [*own, *beside]
+        _refuse_equal_names(self.entries)
         self.buffers: list[FlatBuffer] = []
         self.views: dict[str, Tensor] = {}
         kinds = dict.fromkeys((e.device, e.dtype) for e in self.entries)
@@ -202,6 +204,13 @@ def _refuse_odd_parameters(params: Sequence[tuple[str, nn.Parameter]]) -> None:
             )
 
 
+def _refuse_equal_names(entries: Sequence[Entry]) -> None:
+    counts = Counter(entry.name for entry in entries)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"distinct parameters have the same name {twice[0]}: name them apart")
+
+
 def _odd(p: nn.Parameter) -> str | None:
     if isinstance(p, nn.parameter.UninitializedParameter):
         return "has no shape yet: run one forward pass before building the optimizer"
@@ -209,6 +218,8 @@ def _odd(p: nn.Parameter) -> str | None:
         return "is sharded (DTensor): local methods need the whole parameter on every replica"
     if p.device.type == "meta":
         return "is on the meta device: materialise the model before building the optimizer"
+    if p.layout != torch.strided:
+        return f"has the layout {p.layout}: only dense parameters can be averaged"
     if not p.dtype.is_floating_point or p.dtype.itemsize < 2:
         return f"is {p.dtype}: only 16, 32 and 64-bit floating-point parameters can be averaged"
     return None

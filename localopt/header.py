@@ -26,7 +26,7 @@ class SyncError(RuntimeError):
 
 
 class ReplicaMismatchError(SyncError):
-    """Replicas reached the same collective at different steps, with different H, or differ in kind."""
+    """Replicas reached the same collective at different steps, H or kinds of call."""
 
 
 class NonFiniteError(SyncError):
@@ -106,9 +106,9 @@ def spread(headers: Sequence[Header], mean_square_norm: float) -> float:
     sqrt(mean_i |x_i - x̄|^2) = sqrt(mean_i |x_i|^2 - |x̄|^2), in the units of the parameters.
     """
     mean = math.fsum(header.square_norm for header in headers) / len(headers)
-    return math.sqrt(max(0.0, mean - mean_square_norm))
+    return math.sqrt(max(mean - mean_square_norm, 0.0))  # in this order NaN stays NaN
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """"rank 3" or "ranks 0, 1, 2"."""
+    """One as "rank 3", several as "ranks 0, 1, 2"."""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -50,7 +50,8 @@ class LocalOptimizer(Optimizer):
 
     Raises:
         ValueError: for settings or parameters that cannot work.
-        LayoutMismatchError: if the ranks were built differently, or one does not arrive.
+        LayoutMismatchError: if the ranks were built differently.
+        AbsentRankError: if one does not arrive.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class LocalOptimizer(Optimizer):
         self.inner = inner
         self.period = period
         self.sync = sync if sync is not None else Average()
+        if not isinstance(self.sync, Rule):
+            raise TypeError(f"sync must be a rule such as Average(), not {self.sync!r}")
         self.auto = auto
         self._collective = Collective(process_group)
         self._model, self._policy = model, buffers
@@ -81,14 +84,21 @@ class LocalOptimizer(Optimizer):
 
     def _init_hooks(self) -> None:
         # Optimizer.__init__ would make parameter groups of its own; ours are the inner one's.
-        for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post",
-                     "load_state_dict_pre", "load_state_dict_post"):
+        for name in (
+            "step_pre",
+            "step_post",
+            "state_dict_pre",
+            "state_dict_post",
+            "load_state_dict_pre",
+            "load_state_dict_post",
+        ):
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
         self._patch_step_function()
 
     def _build(self) -> Replica:
         """Compare layouts, move the parameters into flat buffers, start equal. Collective."""
         named = _named_parameters(self.inner, self._model)
+        self._homes = _homes(self._model, {id(p) for _, p in named})
         buffers = Buffers(self._model, self._policy, [p for _, p in named])
         beside = [*self.sync.beside(named), *buffers.entries()]
         flat = Flat(named, beside, self._collective.world_size)
@@ -99,8 +109,9 @@ class LocalOptimizer(Optimizer):
             f"inner optimizer {type(self.inner).__name__}",
             *(f"{key} {value}" for key, value in settings.items()),
             *map(str, flat.entries),
+            *buffers.described(),
         ]
-        control.agree(self._collective, lines)
+        control.agree(self._collective, lines, control.TIMEOUT)
         replica = Replica(flat, self._collective, buffers, self.inner, **self._options)
         replica.equalise()
         return replica
@@ -132,6 +143,7 @@ class LocalOptimizer(Optimizer):
         Raises:
             RuntimeError: in the middle of a round.
         """
+        self._refuse_in_consensus("add_param_group()")
         old = self._replica
         if old.remaining:
             raise RuntimeError(
@@ -139,8 +151,11 @@ class LocalOptimizer(Optimizer):
                 "ends: add groups between rounds (when .synced), or call finish() first"
             )
         self.inner.add_param_group(param_group)
+        kept = old.buffers.snapshot()
         new = self._build()
         old.flat, old.buffers = new.flat, new.buffers
+        with torch.no_grad():
+            new.buffers.restore(kept)
 
     # When: the place in the round.
 
@@ -185,6 +200,7 @@ class LocalOptimizer(Optimizer):
         Raises:
             SyncError: when a round ends on replicas that do not fit; see `average`.
         """
+        self._refuse_in_consensus("step()")
         if self._replica.remaining == 0:
             self._begin_round()
         loss = self._inner_step(closure)
@@ -204,6 +220,7 @@ class LocalOptimizer(Optimizer):
             ReplicaMismatchError: if the ranks are at different steps or have different H.
             NonFiniteError: if a replica holds NaN or infinity.
         """
+        self._refuse_in_consensus("average()")
         replica = self._replica
         if replica.remaining == 0:
             self._begin_round()
@@ -217,14 +234,27 @@ class LocalOptimizer(Optimizer):
         return True
 
     def _begin_round(self) -> None:
-        if self._in_consensus:
-            raise RuntimeError("step() inside consensus(): the model is not the replica's own now")
         replica = self._replica
         replica.flat.check_pointers()
+        self._check_model()
         h = self.period(replica.step, float(self.inner.param_groups[0].get("lr", math.nan)))
-        if not isinstance(h, int) or h < 1:
+        if not isinstance(h, int) or not 1 <= h < 2**63:
             raise ValueError(f"period gave H = {h!r} at step {replica.step}: not a positive int")
         replica.h = replica.remaining = h
+
+    def _check_model(self) -> None:
+        """Raise `RuntimeError` if the model has got other Parameters than the optimizer's."""
+        for name, home, key, p in self._homes:
+            if home.get(key) is not p:
+                raise RuntimeError(
+                    f"the model's parameter {name} is no longer the one that the optimizer has: "
+                    "load_state_dict(assign=True) or an assignment replaced it. Do that before "
+                    "building the optimizer"
+                )
+
+    def _refuse_in_consensus(self, call: str) -> None:
+        if self._in_consensus:
+            raise RuntimeError(f"{call} inside consensus(): the model is not the replica's own now")
 
     def record_loss(self, loss: Tensor) -> None:
         """Tell the rule this step's training loss (0-dim); `step` does so with a closure's.
@@ -278,8 +308,7 @@ class LocalOptimizer(Optimizer):
             RuntimeError: if nested.
             ReplicaMismatchError: if another rank makes another call.
         """
-        if self._in_consensus:
-            raise RuntimeError("consensus() inside consensus()")
+        self._refuse_in_consensus("consensus()")
         replica = self._replica
         saved = None if self.synced and self.sync.replicas_agree else replica.snapshot()
         saved_buffers = replica.buffers.snapshot()
@@ -303,6 +332,7 @@ class LocalOptimizer(Optimizer):
         Raises:
             ReplicaMismatchError: if another rank is elsewhere, such as in its next round.
         """
+        self._refuse_in_consensus("finish()")
         replica = self._replica
         self.sync.finish()
         if replica.remaining:
@@ -345,6 +375,7 @@ class LocalOptimizer(Optimizer):
             ValueError: if the state is of another version, rule, or, in mid-round, of another
                 rank or number of replicas.
         """
+        self._refuse_in_consensus("load_state_dict()")
         state = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state)
@@ -353,10 +384,15 @@ class LocalOptimizer(Optimizer):
         if place is not None:
             self._check_place(place)
         self.inner.load_state_dict(state)
-        if place is not None:
+        replica = self._replica
+        if place is None:
+            replica.step = replica.h = replica.remaining = replica.round = 0
+        else:
             for key in ("step", "h", "remaining", "round", "drift"):
-                setattr(self._replica, key, place[key])
-            self._replica.traffic = Traffic(**place["traffic"])
+                setattr(replica, key, place[key])
+            replica.traffic = Traffic(**place["traffic"])
+            if place["world_size"] != self._collective.world_size:
+                replica.traffic.wait = []  # seconds of other ranks
             self.sync.load_state_dict(place["sync"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -376,6 +412,12 @@ class LocalOptimizer(Optimizer):
                     f"rank {mine['rank']}: the state to load has {key} {place[key]!r}, this "
                     f"optimizer {mine[key]!r}"
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"a {type(self).__name__} can be neither copied nor pickled, for parameters live in "
+            "its buffers and other ranks wait for it: save its state_dict() and build a new one"
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r}, {self.period!r}, sync={self.sync!r})"
@@ -441,9 +483,7 @@ def _check_inner(inner: Optimizer, period: Callable[[int, float], int]) -> None:
             )
 
 
-def _named_parameters(
-    inner: Optimizer, model: nn.Module | None
-) -> list[tuple[str, nn.Parameter]]:
+def _named_parameters(inner: Optimizer, model: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
     """The optimizer's parameters, each once, with the best names there are."""
     names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
     named: dict[int, tuple[str, nn.Parameter]] = {}
@@ -452,6 +492,18 @@ def _named_parameters(
         for name, p in zip(given, group["params"], strict=True):
             named.setdefault(id(p), (names.get(id(p), name), p))
     return list(named.values())
+
+
+def _homes(
+    model: nn.Module | None, owned: set[int]
+) -> list[tuple[str, dict[str, nn.Parameter | None], str, nn.Parameter]]:
+    """Where the model keeps the parameters whose ids are ``owned``: looking there is cheap."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, module._parameters, key, p)
+        for prefix, module in (model.named_modules() if model is not None else ())
+        for key, p in module._parameters.items()
+        if p is not None and id(p) in owned
+    ]
 
 
 def _describe(period: Callable[[int, float], int]) -> str:

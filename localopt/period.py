@@ -95,14 +95,14 @@ class Constant(Period):
 
 @dataclass(frozen=True)
 class PowerRule(Period):
-    """Rounds that lengthen as the learning rate decays: H = max(base, floor((alpha / lr) ** power)).
+    """Longer rounds as the learning rate decays: H = max(base, floor((alpha / lr) ** power)).
 
     Args:
         alpha: the learning rate at which the rule gives one step; units of the learning rate.
         base: least H, also the warm-up's.
         power: exponent; 2 is `QSR`, 1 and 3 are its ablations.
 
-    A rate of zero (or so small that H exceeds every integer) asks for the longest round there
+    A rate of zero (or so small that H exceeds 64 bits) asks for the longest round there
     is: ``h_max``, or all the steps left.
 
     Raises:
@@ -135,9 +135,10 @@ class PowerRule(Period):
         if lr <= 0:
             return None
         try:
-            return max(self.base, math.floor((self.alpha / lr) ** self.power))
+            h = math.floor((self.alpha / lr) ** self.power)
         except OverflowError:
             return None
+        return max(self.base, h) if h < 2**63 else None
 
 
 @dataclass(frozen=True)

@@ -80,10 +80,11 @@ class Replica:
         )
         finite = flat.finite() if self.check_finite else None
         headers_.write(flat.slots, self.collective.rank, mine, finite)
-        sent = self.collective.sum_([b.data for b in flat.buffers])
         if m > 1:
+            # Before the sum, which then cannot overflow where all replicas are finite.
             for buffer in flat.buffers:
                 buffer.averaged.div_(m)
+        sent = self.collective.sum_([b.data for b in flat.buffers])
         headers = headers_.read(flat.slots)
         self._resumed = clock(self.device)
         self._count(ends_round, sent, self._resumed - started, headers)
@@ -106,7 +107,7 @@ class Replica:
 
     def _check_finite(self, headers: list[Header]) -> None:
         bad = [rank for rank, header in enumerate(headers) if not header.finite]
-        # Finite values whose sum overflows raise the flag too: only names make it an error.
+        # A scan that overflows on finite values raises the flag too: only names make it an error.
         names = self.flat.non_finite() if bad else []
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

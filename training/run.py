@@ -45,7 +45,9 @@ def assembled(config: Config) -> Iterator[Run]:
         ConfigError: if settings do not fit together, the machine or the data.
         DataError: if the data are missing or damaged.
         LayoutMismatchError: if replicas have different settings.
+        AbsentRankError: if one does not arrive.
     """
+    engine.deepspeed_settings(config, accumulation=1)  # refuse a wrong JSON before all else
     place = engine.start(config)
     collective = Collective()
     settings = {k: v for k, v in config.as_dict().items() if k not in PER_HOST}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..flat import Entry
 from .rule import Rule
@@ -18,20 +18,19 @@ class Average(Rule):
     x_i ← x̄ = (1/m) Σ_j x_j
 
     Optimizer state (momentum, Adam's moments) stays local unless named. With SGD, momentum
-    included, H = 1 and equal starts, this is data-parallel SGD ("state_fields" need not be
-    named, for momentum is linear in the gradients). With an adaptive inner optimizer it is not:
-    second moments are local.
+    included, and H = 1 this is data-parallel SGD, for momentum is linear in the gradients. With
+    an adaptive inner optimizer it is not: second moments are local.
 
     Args:
-        state_fields: names of optimizer-state tensors, shaped like their parameter, that are
-            averaged too, such as ``("exp_avg", "exp_avg_sq")``. They travel in the same
-            collective.
+        state_fields: names of optimizer-state tensors, of their parameter's shape and type, that
+            are averaged too, such as ``("exp_avg", "exp_avg_sq")``. They travel in the same
+            collective. A replica that has not stepped on a parameter yet brings zeros.
         reset_fields: names of optimizer-state tensors that are set to zero at each
             synchronisation, such as ``("momentum_buffer",)``.
 
     Raises:
         ValueError: at the first synchronisation, if no parameter's state has a named field or
-            it is not shaped like its parameter.
+            it is not like its parameter.
 
     Source: Stich 2018, arXiv 1805.09767; Gu et al. 2023, arXiv 2310.14423 (Local AdamW).
     """
@@ -56,9 +55,12 @@ class Average(Rule):
         self._reset_state()
 
     def finish(self) -> None:
-        if self.replica.remaining:
+        ends_round = self.replica.remaining > 0
+        if ends_round:
             self._adopt_state()
         super().finish()
+        if ends_round:
+            self._reset_state()
 
     def _adopt_state(self) -> None:
         """Make the named state fields views of the flat buffers, as the parameters are."""
@@ -71,11 +73,12 @@ class Average(Rule):
                 if tensor is None:  # never stepped on this replica: it brings zeros
                     view.zero_()
                 elif tensor.data_ptr() != view.data_ptr():
-                    if tensor.shape != view.shape:
+                    if (tensor.shape, tensor.dtype) != (view.shape, view.dtype):
                         raise ValueError(
                             f"state field {field!r} of parameter {name} has shape "
-                            f"{tuple(tensor.shape)}, its parameter {tuple(view.shape)}: only "
-                            "fields shaped like their parameter can be averaged"
+                            f"{tuple(tensor.shape)} and {tensor.dtype}, its parameter "
+                            f"{tuple(view.shape)} and {view.dtype}: only fields like their "
+                            "parameter can be averaged"
                         )
                     view.copy_(tensor)
                     state[p][field] = view
@@ -84,7 +87,7 @@ class Average(Rule):
         for field in self.reset_fields:
             self._require(field)
             for state in self.replica.inner.state.values():
-                if state.get(field) is not None:
+                if isinstance(state.get(field), Tensor):
                     state[field].zero_()
 
     def _require(self, field: str) -> None:

@@ -38,7 +38,7 @@ class Rule(ABC):
         """What the rule wants averaged in the parameters' collective; entries of the layout."""
         return []
 
-    def record_loss(self, loss: Tensor) -> None:
+    def record_loss(self, loss: Tensor) -> None:  # noqa: B027 (most rules need no loss)
         """Take note of a step's training loss. No host synchronisation."""
 
     @abstractmethod
@@ -57,5 +57,5 @@ class Rule(ABC):
         """What a resumed run needs, in types that ``torch.load(weights_only=True)`` reads."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Restore what `state_dict` gave."""

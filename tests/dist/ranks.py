@@ -90,6 +90,7 @@ def _rank(
             world_size=world_size,
             timeout=timedelta(seconds=30),
         )
+        dist.barrier()  # none leaves before all have connected
         outcome = True, function(rank, world_size, *args)
     except BaseException:
         outcome = False, traceback.format_exc()

@@ -55,7 +55,7 @@ def a_round(rank: int, m: int, policy: str) -> dict[str, Any]:
         for buffer in (model.count, model.bytes):
             buffer += 7 * rank
         model.wide += rank
-        model.rotary *= 1j
+        model.rotary *= 1j + rank
         model.scratch = torch.tensor(float(rank + step))  # replaced, not written into
         out["before"] = as_lists(copies(model))
         optimizer.step()

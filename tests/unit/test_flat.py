@@ -80,11 +80,12 @@ def test_what_lies_beside_is_averaged_or_not() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_finite_finds_one_bad_value(dtype: torch.dtype, value: float) -> None:
     """In any place of any parameter, whatever else is there."""
-    params = [nn.Parameter(torch.randn(37).to(dtype)), nn.Parameter(torch.randn(5, 5).double())]
+    full = 3 * ALIGNMENT // dtype.itemsize  # no gap after it: its last value is the buffer's
+    params = [nn.Parameter(torch.randn(full).to(dtype)), nn.Parameter(torch.randn(5, 5).double())]
     flat = flat_of(*params)
     assert bool(flat.finite()) and flat.non_finite() == []
     for i, p in enumerate(params):
-        for place in range(0, p.numel(), 9):
+        for place in (*range(0, p.numel(), 9), p.numel() - 1):
             kept = p.data.view(-1)[place].clone()
             p.data.view(-1)[place] = value
             assert not bool(flat.finite()) and flat.non_finite() == [f"p{i}"]

@@ -426,6 +426,22 @@ def test_refused_settings() -> None:
         LocalSGD(network().parameters(), period=Constant(1), momentun=0.9)
 
 
+class WideState(torch.optim.SGD):
+    """Keeps its state in float32, whatever the parameters' type."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["moment"] = torch.full(p.shape, 1.001)
+
+
+def test_state_of_another_type_is_not_rounded() -> None:
+    """A float32 moment of a bfloat16 parameter cannot live in the parameter's buffer."""
+    inner = WideState([nn.Parameter(torch.ones(3, dtype=torch.bfloat16))])
+    optimizer = LocalOptimizer(inner, Constant(1), Average(state_fields=("moment",)))
+    with pytest.raises(ValueError, match=r"float32, its parameter \(3,\) and torch.bfloat16"):
+        optimizer.step()
+
+
 # Figures.
 
 
