@@ -346,7 +346,13 @@ class LocalOptimizer(Optimizer):
         """The inner optimizer's ``state`` and ``param_groups``, and this replica's place.
 
         Each rank has its own: save one file per rank, with that rank's model weights.
+
+        Raises:
+            NonFiniteError: if this replica holds NaN or infinity (with ``check_finite``), so that
+                it does not replace what was saved before.
         """
+        if self._options["check_finite"]:
+            self._replica.check_finite_here()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         replica = self._replica

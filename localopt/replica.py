@@ -110,10 +110,19 @@ class Replica:
         # A scan that overflows on finite values raises the flag too: only names make it an error.
         names = self.flat.non_finite() if bad else []
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise NonFiniteError(
                 f"{ranks_text(bad)} brought NaN or infinity into the synchronisation at step "
-                f"{self.step}: {', '.join(names[:3])}{more}"
+                f"{self.step}: {_few(names)}"
+            )
+
+    @torch.no_grad()
+    def check_finite_here(self) -> None:
+        """Raise `NonFiniteError` if this replica holds NaN or infinity. No collective."""
+        names = [] if bool(self.flat.finite()) else self.flat.non_finite()
+        if names:
+            raise NonFiniteError(
+                f"rank {self.collective.rank} holds NaN or infinity at step {self.step}: "
+                f"{_few(names)}"
             )
 
     def snapshot(self) -> list[Tensor]:
@@ -142,3 +151,8 @@ class Replica:
         if saved is not None:
             # The mean of m equal numbers is not always that number, to the last bit.
             self.restore(saved)
+
+
+def _few(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

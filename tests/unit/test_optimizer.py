@@ -23,6 +23,7 @@ from localopt import (
     LocalAdamW,
     LocalOptimizer,
     LocalSGD,
+    NonFiniteError,
     PostLocal,
     PowerRule,
 )
@@ -309,6 +310,20 @@ def test_grad_scaler_with_a_closure_is_refused() -> None:
     scaler.scale(backward(model, 0))
     with pytest.raises(RuntimeError, match="closure"):
         scaler.step(optimizer, lambda: backward(model, 0))
+
+
+def test_a_replica_with_nan_is_not_saved() -> None:
+    """Saving checks locally, and names the parameter."""
+    model = network()
+    optimizer = LocalSGD(model.parameters(), period=Constant(9), model=model)
+    train(model, optimizer, range(2))
+    optimizer.state_dict()
+    with torch.no_grad():
+        model[3].bias[1] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"rank 0 holds NaN or infinity at step 2: 3\.bias$"):
+        optimizer.state_dict()
+    careless = LocalSGD(model.parameters(), period=Constant(9), check_finite=False)
+    careless.state_dict()
 
 
 def test_copies_are_refused_with_the_reason() -> None:
