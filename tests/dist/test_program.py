@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -131,6 +132,37 @@ def test_one_replica_needs_no_launcher(flags) -> None:
     outcome = start(*flags, world_size=1)
     assert outcome.codes == [0], outcome.errors
     assert "1 replica\n" in outcome.outputs[0]
+
+
+def deepspeed(hostfile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The command that the README names, on this host alone."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    launcher = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", str(hostfile), "--no_ssh_check"]
+    address = ["--master_addr", "127.0.0.1", "--master_port", port]
+    return subprocess.run(
+        [*launcher, *address, "main.py", *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+
+
+def test_deepspeeds_launcher_starts_it(flags) -> None:
+    done = deepspeed(ROOT / "hostfile", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "2 replicas" in done.stdout
+
+
+def test_a_missing_hostfile_is_named_where_deepspeed_would_train_on_one_process(flags) -> None:
+    done = deepspeed(Path("/no/hostfile"), *flags)
+    assert done.returncode != 0
+    (line,) = [row for row in done.stderr.splitlines() if row.startswith("main.py:")]
+    assert "hostfile /no/hostfile is missing" in line
+
+
+def test_wandb_offline_needs_no_account(flags) -> None:
+    outcome = start(*flags, "--epochs", "1", "--wandb", "offline", world_size=1)
+    assert outcome.codes == [0], outcome.errors
+    assert list(outcome.folder.glob("wandb/offline-run-*/*.wandb"))
 
 
 def one_line(outcome, rank: int = 0) -> str:
