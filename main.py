@@ -14,6 +14,8 @@ from training.config import Config, ConfigError, load
 
 def main(config: Config) -> None:
     """Build what ``config`` names, and train."""
+    if config.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take the GPU
     # Imported here: DeepSpeed takes seconds to import, and a wrong flag should not wait for it.
     from data.dataset import DataError
     from localopt import LayoutMismatchError, SyncError

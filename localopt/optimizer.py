@@ -396,6 +396,8 @@ class LocalOptimizer(Optimizer):
         else:
             for key in ("step", "h", "remaining", "round", "drift"):
                 setattr(replica, key, place[key])
+            if not replica.track_drift:
+                replica.drift = None
             replica.traffic = Traffic(**place["traffic"])
             if place["world_size"] != self._collective.world_size:
                 replica.traffic.wait = []  # seconds of other ranks

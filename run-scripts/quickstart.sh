@@ -12,7 +12,7 @@ python=.venv/bin/python
 grace=60 # seconds between the first signal and the last: ranks may end their round and save
 settings=(--recipe-pth recipe/digits-vit-localadamw-qsr.yml "$@")
 
-if grep -qvE '^(#|localhost |[[:space:]]*$)' hostfile; then
+if grep -qvE '^(#|(localhost|127\.0\.0\.1)([[:space:]]|$)|[[:space:]]*$)' hostfile; then
     echo "quickstart.sh: hostfile lists other hosts, this script is for one; where ssh reaches" \
         "them, run: .venv/bin/deepspeed --hostfile hostfile main.py" >&2
     exit 2
@@ -34,16 +34,20 @@ data=$("$python" -c "$ask" "${settings[@]}" 3>&1 >&2) || exit
 [[ -n $data ]] || exit 0
 "$python" -m data.write digits --out "$data/digits"
 
-# DeepSpeed's launcher starts one process per slot. The shipped two slots are right for up to two
-# GPUs (on one, both replicas share it); a hostfile that was edited is left alone.
+# DeepSpeed's launcher starts one process per slot. The shipped two slots are right for up to three
+# GPUs (on one, both replicas share it); a hostfile that was edited is left alone. More are used in
+# powers of two, which divide the batch.
 launch=(--quiet --hostfile hostfile)
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || true
-if ((gpus > 2)) && [[ $(<hostfile) == "localhost slots=2" ]]; then
+if ((gpus > 3)) && [[ $(<hostfile) == "localhost slots=2" ]]; then
     hostfile=$(mktemp)
     echo "localhost slots=$gpus" >"$hostfile"
-    launch=(--quiet --hostfile "$hostfile")
-    # With a hostfile the launcher overwrites this variable.
-    [[ -z ${CUDA_VISIBLE_DEVICES-} ]] || launch+=(--include "localhost:$CUDA_VISIBLE_DEVICES")
+    # With a hostfile the launcher overwrites this variable, so its choice is passed as a flag.
+    IFS=, read -ra ids <<<"${CUDA_VISIBLE_DEVICES:-$(seq --separator=, 0 $((gpus - 1)))}"
+    count=1
+    while ((count * 2 <= ${#ids[@]} && count < 32)); do count=$((count * 2)); done
+    chosen=$(IFS=,; echo "${ids[*]:0:count}")
+    launch=(--quiet --hostfile "$hostfile" --include "localhost:$chosen")
 fi
 
 # Told so, DeepSpeed's launcher doesn't warn that there is none.

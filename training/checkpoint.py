@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from localopt import LocalOptimizer, control
 from localopt.collective import Collective
 
 from .config import Config, ConfigError
+from .engine import PATIENCE
 from .optimizers import DataParallel
 
 MANIFEST = "manifest.json"
@@ -58,7 +60,7 @@ def save(
         file.flush()
         os.fsync(file.fileno())
     told = json.dumps({"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)})
-    files = control.gather(collective, told)
+    files = control.gather(collective, told, PATIENCE)
     if publishes:
         manifest = {
             "format": FORMAT,
@@ -68,7 +70,7 @@ def save(
             "files": {_rank_file(rank): json.loads(text) for rank, text in enumerate(files)},
         }
         _publish(draft, final, manifest)
-    control.gather(collective, "published")
+    control.gather(collective, "published", PATIENCE)
     return final
 
 
@@ -112,11 +114,27 @@ def load(
     if "optimizer" not in state:
         raise ConfigError(f"resume_pth {path}: saved without optimizer state (save_opt: false)")
     model.load_state_dict(state["model"])
+    configured = [
+        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)  # this run's config decides, not the saved one
     torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
     return int(manifest["step"])
+
+
+def identity(path: Path) -> str:
+    """A text that tells this checkpoint from others; ranks compare it before they load.
+
+    Raises:
+        ConfigError: if there is no whole checkpoint.
+    """
+    step = _manifest(path)["step"]
+    return f"step {step}, manifest {_sha256(path / MANIFEST)}"
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -144,7 +162,8 @@ def _rank_state(path: Path, manifest: dict[str, Any], name: str) -> dict[str, An
 
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
-    draft = path.with_name(f".{path.name}.tmp")
+    # Hosts that share a disk may write the same file at the same moment.
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     with draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

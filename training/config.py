@@ -54,7 +54,7 @@ class Config:
     epochs_for_sche: int = _setting(-1, "length", "epochs the learning-rate schedule spans; -1: epochs")
     steps_per_epoch: int = _setting(-1, "length", "steps in an epoch; -1: all that the data gives")
     total_batch_size: int = _setting(64, "length", "images per step over all replicas")
-    physical_batch_size: int = _setting(32, "length", "images per forward pass; gradient accumulation follows")
+    physical_batch_size: int = _setting(32, "length", "images per forward pass, at most; gradient accumulation follows")
 
     optimizer: Literal["sgd", "adamw", "localsgd", "localadamw"] = _setting("localadamw", "optimizer", "sgd and adamw: data-parallel")
     max_lr: float = _setting(1e-3, "optimizer", "peak learning rate")
@@ -65,7 +65,7 @@ class Config:
     beta1: float = _setting(0.9, "optimizer", "AdamW's decay of the first moment")
     beta2: float = _setting(0.999, "optimizer", "AdamW's decay of the second moment")
     eps: float = _setting(1e-8, "optimizer", "AdamW's epsilon")
-    clip_norm: float = _setting(0.0, "optimizer", "clip the gradients' global norm, each replica its own; 0: do not")
+    clip_norm: float = _setting(0.0, "optimizer", "clip the global norm of a replica's own gradient, data-parallel: of the averaged one; 0: do not")
 
     scheduler: Literal["cosine", "linear", "step", "cosine-step", "const"] = _setting("cosine", "schedule", "learning-rate decay after the warm-up")
     decay_points: tuple[float, ...] = _setting((), "schedule", "epochs at which 'step' multiplies the rate by gamma")
@@ -125,16 +125,52 @@ class Config:
             raise ConfigError("decay_points is empty: scheduler step needs epochs to decay at")
         if list(self.decay_points) != sorted(self.decay_points):
             raise ConfigError(f"decay_points is {list(self.decay_points)}: it must increase")
+        if self.period == "power" and self.local and self.power <= 0:
+            raise ConfigError(f"power is {self.power}: period power needs a positive one")
+        if self.decay_points and self.decay_points[0] < 0:
+            raise ConfigError(f"decay_points is {list(self.decay_points)}: epochs are not negative")
+        if self.scheduler == "cosine-step" and self.min_lr == 0:
+            raise ConfigError(
+                "min_lr is 0: scheduler cosine-step needs a positive one, for 0 is no power of 2"
+            )
+        for name in ("data", "data_pth", "log_pth", "model"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty: give one")
+        self._check_synchronisation()
         if self.init_model_by_seed == -1 and not self.resume_pth:
             raise ConfigError("init_model_by_seed is -1: give the weights with --resume-pth")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov is true: it needs a positive momentum")
+
+    def _check_synchronisation(self) -> None:
+        """What only local optimizers do, and what state each of them has."""
+        if not self.local:
+            for name in ("buffers", "state_fields", "track_drift"):
+                if getattr(self, name) != _FIELDS[name].default:
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)!r}: optimizer {self.optimizer} averages "
+                        "gradients, and has no such setting"
+                    )
+            return
+        if self.optimizer == "localsgd":
+            known = ("momentum_buffer",) if self.momentum else ()
+        else:
+            known = ("exp_avg", "exp_avg_sq")
+        for name in self.state_fields:
+            if name not in known:
+                raise ConfigError(
+                    f"state_fields names {name!r}: the state of {self.optimizer} has "
+                    f"{', '.join(known) or 'nothing to average'}"
+                )
 
     def _check_ranges(self) -> None:
         for name, (low, high) in _RANGE.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}: it must lie between {low} and {high}")
+        for name in ("momentum", "beta1", "beta2"):
+            if getattr(self, name) == 1:
+                raise ConfigError(f"{name} is 1: it must be less, or nothing new counts")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ConfigError(f"crop_scale is {[low, high]}: it must be 0 < low <= high <= 1")
@@ -164,7 +200,9 @@ _LEAST = {
 }  # fmt: skip
 _DERIVED = {"steps_per_epoch": 1, "epochs_for_sche": 1, "h_max": 1, "warmup_steps": 0}
 _RANGE = {
-    "label_smoothing": (0, 1), "momentum": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "val_crop_ratio": (0, 1),
+    "label_smoothing": (0, 1), "momentum": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "val_crop_ratio": (1e-3, 1),
+    "seed": (0, 2**32 - 1), "init_model_by_seed": (-1, 2**32 - 1), "warmup_epochs": (0, 1e6),
+    "epochs": (0, 10**6), "nw": (1, 1024), "resolution": (1, 65_535),
 }  # fmt: skip
 HOST_KEYS = ("data_pth", "log_pth", "wandb_project", "wandb_entity", "nw")
 # What may differ between ranks without making them train differently.
@@ -185,24 +223,43 @@ def load(argv: Sequence[str]) -> Config:
         SystemExit: for ``--help``.
     """
     flags = _parse(argv)
-    recipe = Path(flags.pop("recipe_pth", ROOT / DEFAULT_RECIPE))
+    recipe = _found(flags.pop("recipe_pth", DEFAULT_RECIPE))
     default_host = ROOT / f".config_{socket.gethostname()}.yml"
     given_host = flags.pop("config_pth", None)
     settings: dict[str, Any] = {}
     if given_host is not None or default_host.exists():
-        host = Path(given_host or default_host)
+        host = _found(given_host or str(default_host))
         settings |= _read(host, "host file", HOST_KEYS)
     settings |= _read(recipe, "recipe", tuple(_FIELDS))
     settings |= flags
     return Config(**settings)
 
 
+def _found(path: str) -> Path:
+    """``path`` from the working directory, or from the repository if only there is such a file."""
+    here = Path(path).expanduser()
+    return here if here.exists() or not absolute(path).exists() else absolute(path)
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise ConfigError(f"key {twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, what: str, allowed: Sequence[str]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _NoDuplicates)
     except OSError as error:
         raise ConfigError(f"{what} {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ConfigError as error:
+        raise ConfigError(f"{what} {path}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # dates and numbers that cannot be
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
         raise ConfigError(f"{what} {path}{line}: not valid YAML") from None
@@ -240,7 +297,7 @@ def _convert(value: Any, kind: Any) -> Any:
     if kind in (int, float) and isinstance(value, str):  # YAML reads 1e-3 as text
         value = _number(value, kind)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _number(str(value) if abs(value) < 10**300 else "too large", float)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"it must be {_KINDS[kind]}")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import functools
@@ -13,6 +14,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ import deepspeed.ops
 
 # Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# How far replicas may be apart in time at the end of a round of thousands of steps.
+PATIENCE = timedelta(hours=1)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -75,7 +80,9 @@ def start(config: Config) -> Place:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas_here))
     own_gpu = device.type == "cuda" and replicas_here <= gpus
-    deepspeed.init_distributed(dist_backend="nccl" if own_gpu else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if own_gpu else "gloo", verbose=False, timeout=PATIENCE
+    )
     return Place(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
@@ -112,6 +119,12 @@ def _default_environment(local_rank: int) -> None:
     """What a launcher would say for one replica, where none has spoken."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
+        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if int(os.environ.get(name, "1")) > 1:
+                raise ConfigError(
+                    f"{name} is {os.environ[name]}, but RANK is not set: every process would train "
+                    "alone; start main.py with deepspeed or torchrun"
+                )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             alone["MASTER_PORT"] = str(free.getsockname()[1])
@@ -167,6 +180,8 @@ class Engine:
             model=model,
             optimizer=client,
             config=deepspeed_settings(config, self.accumulation),
+            # Left alone it takes the GPU numbered LOCAL_RANK, which shared GPUs do not have.
+            args=argparse.Namespace(device_rank=next(model.parameters()).device.index or 0),
             dist_init_required=False,
         )
         if config.local:
@@ -179,9 +194,10 @@ class Engine:
 
         @functools.wraps(reduce)
         def timed(*args: Any, **kwargs: Any) -> None:
+            before = timer.seconds
             with timer:
                 reduce(*args, **kwargs)
-            optimizer.traffic.exposed = timer.seconds
+            optimizer.traffic.exposed += timer.seconds - before
 
         self._engine.allreduce_gradients = timed
 
@@ -249,7 +265,11 @@ _OURS = {
     "scheduler": "scheduler",
     "bf16": "precision",
     "fp16": "precision",
+    "bfloat16": "precision",
+    "amp": "precision",
     "torch_autocast": "precision",
+    "managed_gradient_accumulation": "physical_batch_size",
+    "elasticity": "total_batch_size",
 }
 
 
@@ -269,6 +289,8 @@ def deepspeed_settings(config: Config, accumulation: int) -> dict[str, Any]:
         # "bf16" would wrap the optimizer around copies of the weights that averaging misses.
         "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": None,
+        # It would synchronise the device twice in every micro-step.
+        "timers": {"throughput": {"enabled": False}},
     }
     return settings | (_user_json(config) if config.deepspeed_config else {})
 

@@ -22,7 +22,7 @@ from localopt import LocalOptimizer, control
 from localopt.collective import Collective
 
 from .checkpoint import write_text
-from .config import ROOT, Config, absolute
+from .config import ROOT, Config, ConfigError, absolute
 from .engine import Measures, Place
 from .evaluate import Evaluation
 from .optimizers import DataParallel
@@ -40,7 +40,7 @@ class Sink(Protocol):
     def write(self, record: dict[str, Any]) -> None:
         """Take one record; its "step" is the number of steps finished."""
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """No record follows."""
 
 
@@ -51,10 +51,10 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._file.close()
 
 
@@ -79,8 +79,14 @@ class Wandb:
         values = {f"{kind}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
         self._run.log(values, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` with None for the numbers that JSON does not have."""
+    odd = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return record | odd
 
 
 def make_folder(config: Config, collective: Collective) -> Path:
@@ -88,7 +94,10 @@ def make_folder(config: Config, collective: Collective) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     name = control.gather(collective, f"{config.data}-{config.model}-{config.optimizer}-{stamp}")[0]
     folder = absolute(config.log_pth) / name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"log_pth {folder.parent}: {error.strerror}") from None
     if collective.rank == 0:
         write_text(folder / "config.yml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         write_text(
@@ -129,7 +138,8 @@ def _git(*arguments: str) -> str | None:
 class Recorder:
     """Collects what the loop tells, on rank 0 writes it out.
 
-    Losses stay on the device; they are read every ``log_freq`` steps.
+    Training losses, accuracies and gradient norms are those of rank 0's share of the images. Losses
+    stay on the device; they are read every ``log_freq`` steps.
 
     Args:
         config: the run's settings.
@@ -155,6 +165,8 @@ class Recorder:
         self.total_steps, self.start_step = total_steps, start_step
         self.steps_per_epoch = steps_per_epoch
         self.evaluation: Evaluation | None = None
+        self.evaluated_at: int | None = None
+        self._exposed_before = optimizer.traffic.exposed
         self._sinks: list[Sink] = []
         if place.rank == 0:
             self._sinks.append(JsonLines(folder / "metrics.jsonl"))
@@ -208,7 +220,7 @@ class Recorder:
     def evaluated(self, step: int, evaluation: Evaluation, seconds: float) -> None:
         """The consensus was evaluated in ``seconds``, which do not count as training."""
         self._paused += seconds
-        self.evaluation = evaluation
+        self.evaluation, self.evaluated_at = evaluation, step
         epoch = step / self.steps_per_epoch
         self._write(
             {"kind": "val", "step": step, "epoch": epoch, **vars(evaluation), "seconds": seconds}
@@ -220,6 +232,11 @@ class Recorder:
                 f"syncs {self.optimizer.traffic.syncs:6d}  val loss {evaluation.loss:.4f}  "
                 f"top-1 {evaluation.top1:.2%}",
                 file=sys.stdout,
+            )
+        if not math.isfinite(evaluation.loss):
+            raise DivergedError(
+                f"the validation loss is {evaluation.loss} at step {step}: lower max_lr, or clip "
+                "with clip_norm"
             )
 
     def finished(self) -> None:
@@ -247,11 +264,11 @@ class Recorder:
             print(_table(summary, self.folder, self.config), flush=True)
         self.close()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """No record follows."""
         self._bar.close()
         for sink in self._sinks:
-            sink.close()
+            sink.close(failed=failed)
         self._sinks = []
 
     def _place_in_round(self) -> dict[str, Any]:
@@ -265,7 +282,7 @@ class Recorder:
         return {
             "syncs": traffic.syncs,
             "bytes": traffic.bytes,
-            "blocked_seconds": traffic.exposed,
+            "blocked_seconds": traffic.exposed - self._exposed_before,
             "seconds": time.perf_counter() - self._started,
         }
 

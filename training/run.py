@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from data.dataset import checked
 from data.loaders import TrainData, ValData
@@ -16,6 +20,7 @@ from localopt.collective import Collective
 
 from . import checkpoint, engine, models, optimizers, record
 from .config import PER_HOST, Config, ConfigError, absolute
+from .evaluate import has_batch_norm
 from .lr import Schedule
 
 
@@ -47,14 +52,11 @@ def assembled(config: Config) -> Iterator[Run]:
         LayoutMismatchError: if replicas have different settings.
         AbsentRankError: if one does not arrive.
     """
-    engine.deepspeed_settings(config, accumulation=1)  # refuse a wrong JSON before all else
+    deepspeed = engine.deepspeed_settings(config, accumulation=1)
     place = engine.start(config)
     collective = Collective()
-    settings = {k: v for k, v in config.as_dict().items() if k not in PER_HOST}
-    control.agree(
-        collective, [f"{key}: {value}" for key, value in settings.items()], control.TIMEOUT
-    )
-    _check_batches(config, collective)
+    _compare(config, deepspeed, collective)
+    config = _with_fitting_batches(config, collective)
     train_data, val_data = _open_data(config, place, collective)
     steps_per_epoch = _steps_per_epoch(config, train_data)
     schedule = Schedule.of(config, steps_per_epoch)
@@ -65,6 +67,7 @@ def assembled(config: Config) -> Iterator[Run]:
         resolution=config.resolution,
         seed=config.init_model_by_seed,
     ).to(place.device)
+    _check_batch_norm(config, model, collective)
     torch.manual_seed(config.seed * 1_000_003 + place.rank)  # dropout: each replica its own
     optimizer = optimizers.build(config, model, schedule)
     trainer = engine.Engine(config, model, optimizer, place.world_size)
@@ -72,6 +75,11 @@ def assembled(config: Config) -> Iterator[Run]:
     if config.resume_pth:
         path = absolute(config.resume_pth)
         start_step = checkpoint.load(path, config, model, optimizer, collective)
+        if start_step > schedule.total_steps:
+            raise ConfigError(
+                f"resume_pth {path}: at step {start_step}, past this run's end at "
+                f"{schedule.total_steps}; raise epochs"
+            )
     folder = record.make_folder(config, collective)
     recorder = record.Recorder(
         config, folder, place, optimizer, schedule.total_steps, steps_per_epoch, start_step
@@ -91,22 +99,49 @@ def assembled(config: Config) -> Iterator[Run]:
             steps_per_epoch=steps_per_epoch,
             start_step=start_step,
         )
-    finally:
-        recorder.close()
+    except BaseException:
+        recorder.close(failed=True)
+        raise
+    recorder.close()
     trainer.close()
 
 
-def _check_batches(config: Config, collective: Collective) -> None:
-    total, physical, m = config.total_batch_size, config.physical_batch_size, collective.world_size
+def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) -> None:
+    """Raise on every rank if one has other settings, or resumes from another checkpoint."""
+    settings = {k: v for k, v in config.as_dict().items() if k not in PER_HOST}
+    settings["deepspeed"] = json.dumps(deepspeed, sort_keys=True)
+    settings["resume_pth"] = "none"
+    if config.resume_pth:
+        settings["resume_pth"] = checkpoint.identity(absolute(config.resume_pth))
+    lines = [f"{key}: {value}" for key, value in settings.items()]
+    control.agree(collective, lines, control.TIMEOUT)
+
+
+def _with_fitting_batches(config: Config, collective: Collective) -> Config:
+    """``config`` with a physical batch no larger than a replica's share of the total."""
+    total, m = config.total_batch_size, collective.world_size
     if total % m:
         raise ConfigError(f"total_batch_size is {total}: not divisible by the {m} replicas")
+    physical = min(config.physical_batch_size, total // m)
     if total // m % physical:
         raise ConfigError(
             f"physical_batch_size is {physical}: it does not divide a replica's batch of "
             f"{total // m} (total_batch_size {total} over {m} replicas)"
         )
+    return dataclasses.replace(config, physical_batch_size=physical)
+
+
+def _check_batch_norm(config: Config, model: nn.Module, collective: Collective) -> None:
+    m = collective.world_size
+    if m == 1 or not has_batch_norm(model):
+        return
     if config.bn and config.bn_batches < m:
         raise ConfigError(f"bn_batches is {config.bn_batches}: fewer than the {m} replicas")
+    if not config.bn and (config.buffers == "keep" or not config.local):
+        raise ConfigError(
+            "bn is false: each replica would be evaluated with BatchNorm statistics of its own; "
+            "set bn, or, with a local optimizer, buffers: average"
+        )
 
 
 def _steps_per_epoch(config: Config, train_data: TrainData) -> int:
@@ -124,7 +159,7 @@ def _open_data(
 ) -> tuple[TrainData, ValData]:
     folder = absolute(config.data_pth) / config.data
     # The embedded data set is written where it is missing, once per host.
-    if config.data == "digits" and place.local_rank == 0 and not folder.exists():
+    if config.data == "digits" and place.local_rank == 0 and not (folder / "dataset.json").exists():
         from data import write  # imports scikit-learn, which takes a second
 
         write.write("digits", {"size": 32, "split": "test"}, folder)

@@ -56,9 +56,11 @@ def start(
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size,
                  "LOCAL_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
         own = per_rank[rank] if per_rank else ()
+        if world_size == 1:
+            place = {}  # as without a launcher
         processes.append(
             subprocess.Popen(
-                [sys.executable, str(script), f"--local_rank={rank}", *flags, *own],
+                [sys.executable, str(script), *flags, *own],
                 env=os.environ | {key: str(value) for key, value in place.items()},
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 import subprocess
@@ -63,6 +64,33 @@ def test_the_averaged_model_is_evaluated_at_each_epochs_last_synchronisation(fla
         if r["kind"] == "val"
     ]
     assert steps == [6, 12]  # of the consensus, in the middle of a round
+
+
+def test_rounds_and_evaluations_follow_qsr_on_the_schedule(flags) -> None:
+    """H = max(base, floor((α / η)²)) with η of the round's first step, from the closed form."""
+    total, warmup, peak, low, alpha, base = 30, 5, 3e-3, 1e-6, 6e-3, 4
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return low + (peak - low) * step / warmup
+        return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+    ends, step = [], 0
+    while step < total:
+        h = base if step < warmup else max(base, math.floor((alpha / rate(step)) ** 2))
+        step = min(total, step + h)
+        ends.append(step)
+    last_of_epochs = [
+        max(e for e in ends if e <= end) for end in range(6, 31, 6) if min(ends) <= end
+    ]
+
+    given = ("--epochs", "5", "--warmup-steps", str(warmup))
+    records = start(*flags, *given).records
+    trained = [r for r in records if r["kind"] == "train"]
+    assert [r["lr"] for r in trained] == pytest.approx([rate(s) for s in range(total)], rel=1e-12)
+    assert [r["syncs"] for r in trained] == [sum(e <= s for e in ends) for s in range(1, 31)]
+    evaluated = [r["step"] for r in records if r["kind"] == "val"]
+    assert evaluated == sorted(set(last_of_epochs))
 
 
 def test_evaluating_more_often_changes_nothing_but_its_own_traffic(flags) -> None:
@@ -159,6 +187,12 @@ def test_a_missing_hostfile_is_named_where_deepspeed_would_train_on_one_process(
     assert "hostfile /no/hostfile is missing" in line
 
 
+def test_processes_of_a_launcher_that_says_no_ranks_do_not_train_alone(flags, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    line = one_line(start(*flags, world_size=1))
+    assert "SLURM_STEP_NUM_TASKS is 2" in line
+
+
 def test_wandb_offline_needs_no_account(flags) -> None:
     outcome = start(*flags, "--epochs", "1", "--wandb", "offline", world_size=1)
     assert outcome.codes == [0], outcome.errors
@@ -191,8 +225,8 @@ def test_a_corrupt_file_is_named(flags, data: str, tmp_path: Path) -> None:
 
 def test_batches_that_do_not_divide_are_named(flags) -> None:
     assert "total_batch_size is 63" in one_line(start(*flags, "--total-batch-size", "63"))
-    line = one_line(start(*flags, "--physical-batch-size", "24"))
-    assert "physical_batch_size is 24" in line
+    line = one_line(start(*flags, "--physical-batch-size", "12"))
+    assert "physical_batch_size is 12" in line
     assert "total_batch_size is 4096" in one_line(start(*flags, "--total-batch-size", "4096"))
 
 
@@ -288,3 +322,40 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     assert outcome.codes[0] != 0
     (line,) = outcome.complaints(0)
     assert part in line
+
+
+def test_a_rank_that_resumes_from_another_checkpoint_is_named(flags, checkpoint: Path) -> None:
+    outcome = start(*flags, per_rank=[("--resume-pth", str(checkpoint)), ()])
+    for rank in (0, 1):
+        line = one_line(outcome, rank)
+        assert "rank 1 has [resume_pth: none] where rank 0 has [resume_pth: step 6" in line
+
+
+def test_a_resumed_run_follows_its_own_settings(flags, checkpoint: Path) -> None:
+    outcome = start(*flags, "--resume-pth", str(checkpoint), "--wd", "0.5", "--beta1", "0.5")
+    assert outcome.codes == [0, 0], outcome.errors
+    file = outcome.folder / "checkpoints/step-00000012/rank-0001.pt"
+    (group,) = torch.load(file, weights_only=True)["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.999))
+
+
+def test_a_finished_run_resumed_is_evaluated_and_a_shorter_one_refused(
+    flags, checkpoint: Path
+) -> None:
+    resumed = (*flags, "--resume-pth", str(checkpoint), "--epochs", "1")
+    assert [r["step"] for r in start(*resumed).records if r["kind"] == "val"] == [6]
+    line = one_line(start(*resumed, "--steps-per-epoch", "5"))
+    assert "at step 6, past this run's end at 5" in line
+
+
+def test_replicas_with_statistics_of_their_own_are_not_evaluated(flags) -> None:
+    recipe = ("--recipe-pth", "recipe/digits-resnet-localsgd-qsr.yml", "--no-bn")
+    assert "bn is false" in one_line(start(*flags, *recipe))
+    outcome = start(*flags, *recipe, "--buffers", "average")
+    assert outcome.codes == [0, 0], outcome.errors
+
+
+def test_a_log_folder_that_cannot_be_is_named(flags, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = one_line(start(*flags, "--log-pth", str(tmp_path / "file"), world_size=1))
+    assert f"log_pth {tmp_path / 'file'}" in line

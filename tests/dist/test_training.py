@@ -91,6 +91,21 @@ def test_the_counting_sees_the_collectives_of_data_parallel_training() -> None:
         assert all(names for names in events)
 
 
+def _device_synchronisations(rank: int, world_size: int) -> int:
+    from deepspeed.accelerator import get_accelerator
+
+    engine, _ = _engine(world_size, _model(), "--optimizer", "localadamw", "--h-base", "100")
+    calls: list[None] = []
+    type(get_accelerator()).synchronize = lambda *_: calls.append(None)
+    for step in _batches(rank, world_size):
+        engine.step(step)
+    return len(calls)
+
+
+def test_a_step_does_not_wait_for_the_device() -> None:
+    assert run(_device_synchronisations, 2) == [0, 0]
+
+
 def _train(rank: int, world_size: int, *flags: str) -> dict[str, torch.Tensor]:
     model = _model()
     engine, optimizer = _engine(world_size, model, *flags)

@@ -133,6 +133,14 @@ def test_a_wrong_flag_is_named(argv, parts) -> None:
         ({"label_smoothing": 1.5}, ["label_smoothing", "1.5"]),
         ({"epochs": -1}, ["epochs", "-1"]),
         ({"total_batch_size": 0}, ["total_batch_size", "0"]),
+        ({"period": "power", "power": 0}, ["power", "0"]),
+        ({"beta1": 1}, ["beta1", "1"]),
+        ({"seed": 2**64}, ["seed", str(2**64)]),
+        ({"max_lr": 10**400}, ["max_lr", "a number"]),
+        ({"state_fields": ["momentum_buffer"]}, ["momentum_buffer", "exp_avg"]),
+        ({"scheduler": "cosine-step", "min_lr": 0}, ["min_lr", "cosine-step"]),
+        ({"optimizer": "sgd", "track_drift": True}, ["track_drift", "sgd"]),
+        ({"log_pth": ""}, ["log_pth", "empty"]),
     ],
 )
 def test_an_impossible_value_is_named(recipe, settings, parts) -> None:
@@ -142,7 +150,13 @@ def test_an_impossible_value_is_named(recipe, settings, parts) -> None:
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("a: [1\n", "not valid YAML"), ("- 1\n", "key: value"), ("", "key: value")],
+    [
+        ("alpha: 1\nalpha: 2\n", "'alpha' is given twice"),
+        ("alpha: 2024-02-30\n", "not valid YAML"),
+        ("a: [1\n", "not valid YAML"),
+        ("- 1\n", "key: value"),
+        ("", "key: value"),
+    ],
 )
 def test_a_recipe_that_is_no_recipe_is_refused(tmp_path: Path, text: str, part: str) -> None:
     path = tmp_path / "recipe.yml"

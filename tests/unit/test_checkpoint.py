@@ -1,0 +1,36 @@
+"""Checkpoint files appear whole, also where hosts that share a disk publish the same one."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+from training.checkpoint import MANIFEST, _publish
+
+HOSTS, SAVES = 3, 40
+
+
+def _host(folder: Path, barrier, failures) -> None:
+    for save in range(SAVES):
+        draft, final = folder / f".step-{save}.tmp", folder / f"step-{save}"
+        draft.mkdir(exist_ok=True)
+        barrier.wait()
+        try:
+            _publish(draft, final, {"step": save})
+        except OSError as error:
+            failures.put(repr(error))
+        barrier.wait()
+
+
+def test_hosts_that_share_a_disk_publish_one_checkpoint(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, failures = context.Barrier(HOSTS), context.Queue()
+    hosts = [
+        context.Process(target=_host, args=(tmp_path, barrier, failures)) for _ in range(HOSTS)
+    ]
+    for host in hosts:
+        host.start()
+    for host in hosts:
+        host.join(60)
+    assert failures.empty(), failures.get()
+    assert all((tmp_path / f"step-{save}" / MANIFEST).exists() for save in range(SAVES))
