@@ -193,10 +193,9 @@ class Config:
 
 
 _LEAST = {
-    "resolution": 1, "nw": 1, "seed": 0, "init_model_by_seed": -1, "epochs": 0, "total_batch_size": 1,
-    "physical_batch_size": 1, "max_lr": 0, "min_lr": 0, "wd": 0, "eps": 0, "clip_norm": 0, "gamma": 0,
-    "warmup_epochs": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0, "local_rank": 0,
-    "power": 0,
+    "total_batch_size": 1, "physical_batch_size": 1, "max_lr": 0, "min_lr": 0, "wd": 0, "eps": 0,
+    "clip_norm": 0, "gamma": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0,
+    "local_rank": 0, "power": 0,
 }  # fmt: skip
 _DERIVED = {"steps_per_epoch": 1, "epochs_for_sche": 1, "h_max": 1, "warmup_steps": 0}
 _RANGE = {

@@ -31,7 +31,7 @@ _PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "numpy", "vit-pytorch", "tor
 
 
 class DivergedError(RuntimeError):
-    """The training loss is NaN or infinite."""
+    """The training or validation loss is NaN or infinite."""
 
 
 class Sink(Protocol):
