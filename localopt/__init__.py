@@ -9,24 +9,47 @@ from .control import AbsentRankError, LayoutMismatchError
 from .header import NonFiniteError, ReplicaMismatchError, SyncError
 from .optimizer import LocalAdamW, LocalOptimizer, LocalSGD
 from .period import QSR, SWAP, Constant, Period, PostLocal, PowerRule
-from .sync import Average, Rule
+from .replica import SyncReport
+from .sync import (
+    BMUF,
+    EASGD,
+    LSGD,
+    Average,
+    BlockMomentum,
+    CoCoDSGD,
+    DiLoCo,
+    HierarchicalAverage,
+    OverlapLocalSGD,
+    Rule,
+    SlowMo,
+)
 
 __all__ = [
+    "BMUF",
+    "EASGD",
+    "LSGD",
     "QSR",
     "SWAP",
     "AbsentRankError",
     "Average",
+    "BlockMomentum",
+    "CoCoDSGD",
     "Constant",
+    "DiLoCo",
+    "HierarchicalAverage",
     "LayoutMismatchError",
     "LocalAdamW",
     "LocalOptimizer",
     "LocalSGD",
     "NonFiniteError",
+    "OverlapLocalSGD",
     "Period",
     "PostLocal",
     "PowerRule",
     "ReplicaMismatchError",
     "Rule",
+    "SlowMo",
     "SyncError",
+    "SyncReport",
     "Traffic",
 ]

@@ -1,9 +1,11 @@
 """A model's buffers (BatchNorm statistics, counters) under a policy.
 
 ``keep`` leaves each replica its own, ``average`` averages the floating-point ones, ``broadcast``
-gives every replica rank 0's. They travel in the parameters' collective: copied in before it and
-out after it, for they are small and modules may replace them at any time. Integers are never
-averaged; under ``broadcast`` they travel as bytes, which no type can round.
+gives every replica rank 0's, whenever the parameters are averaged in place: by rules that make
+the replicas equal at each synchronisation, by the others in `consensus` and `finish`. They travel
+in the parameters' collective: copied in before it and out after it, for they are small and modules
+may replace them at any time. Integers are never averaged; under ``broadcast`` they travel as
+bytes, which no type can round.
 """
 
 from __future__ import annotations
@@ -77,10 +79,10 @@ class Buffers:
             entries.append(Entry.like(f"buffer {name}", like, from_rank0=rank0))
         return entries
 
-    def gather(self, views: Mapping[str, Tensor], rank: int) -> None:
-        """Copy the buffers into their views; what comes from rank 0 is zero elsewhere."""
+    def gather(self, views: Mapping[str, Tensor], *, from_rank0: bool) -> None:
+        """Copy the buffers into their views; what only rank 0 brings is zero elsewhere."""
         for tensor, view in self._pairs(views):
-            if self.policy == "broadcast" and rank != 0:
+            if self.policy == "broadcast" and not from_rank0:
                 view.zero_()
             elif tensor.dtype.is_floating_point:
                 view.copy_(tensor)

@@ -1,15 +1,18 @@
 """Every collective there is, with the bytes it sends and the seconds it takes.
 
-A sum over one tensor, a broadcast from rank 0: the rest of the library is built on these two, so
-that what travels can be counted in one place. With one rank, or where torch.distributed is not
-initialised, both do nothing.
+A sum over tensors, waited for or left to run behind training, and a broadcast: the rest of the
+library is built on these, so that what travels can be counted in one place. They are always called
+from the thread that trains, in the same order on all ranks. With one rank, or where
+torch.distributed is not initialised, they do nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,8 +27,9 @@ class Traffic:
         syncs: synchronisations, i.e. finished rounds whose replicas exchanged parameters.
         bytes: bytes this rank sent in them, by the ring all-reduce's 2 (m - 1) / m per payload.
         exposed: seconds in which training stood still for them.
-        hidden: seconds of communication that ran behind training.
-        wait: per rank, seconds it has waited at boundaries for the slowest rank.
+        hidden: seconds of communication that ran behind training, to within one local step.
+        wait: per rank, seconds it was idle at boundaries for the slowest rank: how much less than
+            that one it was busy since the boundary before.
         other_bytes: bytes sent outside rounds (start, `consensus`, `finish` of a closed round).
         other_seconds: seconds those took.
     """
@@ -38,11 +42,32 @@ class Traffic:
     other_bytes: int = 0
     other_seconds: float = 0.0
 
-    def count_wait(self, busy: Sequence[float]) -> None:
-        """Add each rank's wait for the one that was busy longest. ``busy``: seconds per rank."""
-        slowest = max(busy)
-        before = self.wait or [0.0] * len(busy)
-        self.wait = [w + slowest - b for w, b in zip(before, busy, strict=True)]
+    def count_wait(self, waits: Mapping[int, float], world_size: int) -> None:
+        """Add each rank's seconds."""
+        self.wait = self.wait or [0.0] * world_size
+        for rank, seconds in waits.items():
+            self.wait[rank] += seconds
+
+
+class Pending:
+    """A sum that runs behind training.
+
+    Args:
+        works: what was launched.
+        bytes: that this rank sends for it.
+    """
+
+    def __init__(self, works: Sequence[dist.Work], sent: int) -> None:
+        self._works, self.bytes = works, sent
+
+    def done(self) -> bool:
+        """Whether it has ended, without waiting."""
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self) -> None:
+        """Wait until it has ended; on a GPU, make the current stream wait."""
+        for work in self._works:
+            work.wait()
 
 
 class Collective:
@@ -54,7 +79,10 @@ class Collective:
     Attributes:
         rank: this process's rank in the group.
         world_size: number of replicas m.
+        ranks: whom a sum covers, in the numbers of the group that this one was made from.
     """
+
+    ranks: Sequence[int]
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -63,6 +91,49 @@ class Collective:
         self.world_size = dist.get_world_size(group) if together else 1
         if self.rank < 0:
             raise ValueError("this process is not a member of process_group")
+        self.ranks = range(self.world_size)
+
+    def subgroup(self, ranks: Sequence[int]) -> Collective:
+        """A new process group of some of this one's ranks, this one among them.
+
+        Collective: each of them calls, with groups in the same order. Collectives that run behind
+        training need a group of their own, or they would mix with the user's.
+        """
+        if self.world_size == 1:
+            return self
+        places = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        group = dist.new_group(
+            [places[rank] for rank in ranks],
+            timeout=self._timeout(),
+            backend=dist.get_backend(self.group),
+            use_local_synchronization=True,
+        )
+        made = Collective(group)
+        made.ranks = ranks
+        return made
+
+    def split(self, size: int) -> tuple[Collective, Collective]:
+        """Groups of ``size`` consecutive ranks: this rank's, and that of its peers in the others.
+
+        Collective.
+
+        Raises:
+            ValueError: if ``size`` does not divide the number of ranks.
+        """
+        if self.world_size % size:
+            raise ValueError(
+                f"group_size is {size}: it does not divide the {self.world_size} replicas"
+            )
+        first, place = self.rank // size * size, self.rank % size
+        inside = self.subgroup(range(first, first + size))
+        return inside, self.subgroup(range(place, self.world_size, size))
+
+    def _timeout(self) -> timedelta | None:
+        """The group's own time-out, which torch gives to no new group; None where it is hidden."""
+        group = self.group or dist.group.WORLD
+        with contextlib.suppress(AttributeError, RuntimeError, IndexError):
+            return group._get_backend(group._device_types[0]).options._timeout
+        return None
 
     def sum_(self, tensors: Sequence[Tensor]) -> int:
         """Replace each tensor by its sum over the ranks, in place; return the bytes sent.
@@ -73,17 +144,53 @@ class Collective:
             return 0
         for tensor in tensors:
             dist.all_reduce(tensor, group=self.group)
+        return self._sum_bytes(tensors)
+
+    def start_sum_(self, tensors: Sequence[Tensor]) -> Pending:
+        """As `sum_`, but return at once; the tensors are not to be touched before `wait`."""
+        if self.world_size == 1:
+            return Pending([], 0)
+        works = [dist.all_reduce(t, group=self.group, async_op=True) for t in tensors]
+        return Pending(works, self._sum_bytes(tensors))
+
+    def _sum_bytes(self, tensors: Sequence[Tensor]) -> int:
         payload = sum(tensor.nbytes for tensor in tensors)
         return 2 * (self.world_size - 1) * payload // self.world_size
 
-    def broadcast_(self, tensors: Sequence[Tensor]) -> int:
-        """Replace each tensor by rank 0's, in place; return the bytes sent per rank (mean)."""
+    def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> int:
+        """Replace each tensor by rank ``source``'s, in place; return the bytes per rank (mean)."""
         if self.world_size == 1:
             return 0
         for tensor in tensors:
-            dist.broadcast(tensor, group=self.group, group_src=0)
+            dist.broadcast(tensor, group=self.group, group_src=source)
         payload = sum(tensor.nbytes for tensor in tensors)
         return (self.world_size - 1) * payload // self.world_size
+
+
+class Across:
+    """A sum over groups whose members hold the same: each sums one shard with its peers.
+
+    Together with a sum inside the groups it is a sum over all, of which a group as a whole sends
+    no more than one of its members would. The tensors' sizes are multiples of the group's.
+
+    Args:
+        inside: this rank's group.
+        peers: those that have this rank's place in the other groups.
+        ranks: all ranks.
+    """
+
+    def __init__(self, inside: Collective, peers: Collective, ranks: Sequence[int]) -> None:
+        self.inside, self.peers, self.ranks = inside, peers, ranks
+
+    def sum_(self, tensors: Sequence[Tensor]) -> int:
+        """Replace each tensor by its sum over the groups, in place; return the bytes sent."""
+        if self.peers.world_size == 1:
+            return 0
+        cut = [tensor.chunk(self.inside.world_size) for tensor in tensors]
+        sent = self.peers.sum_([shards[self.inside.rank] for shards in cut])
+        for source in range(self.inside.world_size):
+            sent += self.inside.broadcast_([shards[source] for shards in cut], source)
+        return sent
 
 
 def clock(device: torch.device) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,43 +67,26 @@ class FlatBuffer:
     averaged: Tensor
 
 
-class Flat:
-    """The flat buffers of one replica, and the views that its parameters have become.
+class Memory:
+    """Flat buffers for a list of entries, and each entry's view of them.
 
     Args:
-        params: named parameters; their memory moves into the buffers.
+        own: the parameters' entries.
         beside: what else a synchronisation carries (buffers, optimizer state).
-        world_size: number of header slots.
-
-    Raises:
-        ValueError: if a parameter is not dense, not floating-point, not materialised, sharded,
-            or overlaps another in memory.
+        world_size: number of header slots. Every buffer can be cut in so many equal shards.
     """
 
-    def __init__(
-        self,
-        params: Sequence[tuple[str, nn.Parameter]],
-        beside: Sequence[Entry] = (),
-        world_size: int = 1,
-    ) -> None:
-        _refuse_odd_parameters(params)
-        self.params = list(params)
-        own = [Entry.like(name, p) for name, p in params]
+    def __init__(self, own: Sequence[Entry], beside: Sequence[Entry], world_size: int) -> None:
+        self._layout = (own, beside, world_size)
         self.entries = [*own, *beside]
-        _refuse_equal_names(self.entries)
         self.buffers: list[FlatBuffer] = []
         self.views: dict[str, Tensor] = {}
+        self._starts: list[dict[str, int]] = []
         kinds = dict.fromkeys((e.device, e.dtype) for e in self.entries)
         for i, (device, dtype) in enumerate(kinds):
             mine = [e for e in own if (e.device, e.dtype) == (device, dtype)]
             rest = [e for e in beside if (e.device, e.dtype) == (device, dtype)]
             self._allocate(mine, rest, world_size if i == 0 else 0, device, dtype)
-        with torch.no_grad():
-            for name, p in params:
-                self.views[name].copy_(p)
-                p.data = self.views[name]
-        # One id per parameter: comparing them at a boundary costs 0.1 µs each.
-        self._pointers = [view.data_ptr() for view in (self.views[name] for name, _ in params)]
 
     def _allocate(
         self,
@@ -119,7 +102,8 @@ class Flat:
         sizes = [-(-n // step) * step for n in (slots * SLOT, *(e.numel for e in params))]
         beside_sizes = [-(-e.numel // step) * step for e in (*averaged, *from_rank0)]
         starts = [0, *itertools.accumulate(sizes + beside_sizes)]
-        data = torch.zeros(starts[-1], dtype=dtype, device=device)
+        shards = step * self._layout[2]
+        data = torch.zeros(-(-starts[-1] // shards) * shards, dtype=dtype, device=device)
         first, last = starts[1], starts[1 + len(params)]
         end_averaged = starts[1 + len(params) + len(averaged)]
         buffer = FlatBuffer(
@@ -130,28 +114,29 @@ class Flat:
         )
         for entry, start in zip((*params, *averaged, *from_rank0), starts[1:], strict=False):
             self.views[entry.name] = data.as_strided(entry.shape, entry.stride, start)
+        self._starts.append(
+            {e.name: start - first for e, start in zip(params, starts[1:], strict=False)}
+        )
         self.buffers.append(buffer)
+
+    def twin(self) -> Memory:
+        """Other memory of the same layout, zeros."""
+        return Memory(*self._layout)
 
     @property
     def slots(self) -> Tensor:
         """The ranks' headers, (world_size, SLOT)."""
         return self.buffers[0].slots
 
-    def check_pointers(self) -> None:
-        """Raise `RuntimeError` if a parameter no longer lives in its flat buffer."""
-        for (name, p), pointer in zip(self.params, self._pointers, strict=True):
-            if p.data_ptr() != pointer:
-                raise RuntimeError(
-                    f"parameter {name} no longer lives in the optimizer's flat buffer: model.to(), "
-                    ".half(), load_state_dict(assign=True) or an assignment to .data moved it. Do "
-                    "that before building the optimizer"
-                )
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters' part of each buffer, (n,)."""
+        return [buffer.params for buffer in self.buffers]
 
     def square_norm(self) -> float:
         """Squared norm of the parameters, accumulated in float64. Cost: one host sync."""
         return sum(
-            float(torch.linalg.vector_norm(b.params, dtype=torch.float64) ** 2)
-            for b in self.buffers
+            float(torch.linalg.vector_norm(x, dtype=torch.float64) ** 2) for x in self.params
         )
 
     def finite(self) -> Tensor:
@@ -171,6 +156,112 @@ class Flat:
         """Names of what is averaged and holds NaN or infinity. Cost: a full pass, host syncs."""
         averaged = [e.name for e in self.entries if not e.from_rank0]
         return [n for n in averaged if not bool(torch.isfinite(self.views[n]).all())]
+
+
+class Flat(Memory):
+    """The flat buffers that one replica's parameters live in.
+
+    Args:
+        named: named parameters; their memory moves into the buffers.
+        beside, world_size: as for `Memory`.
+
+    Raises:
+        ValueError: if a parameter is not dense, not floating-point, not materialised, sharded,
+            or overlaps another in memory.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        beside: Sequence[Entry] = (),
+        world_size: int = 1,
+    ) -> None:
+        _refuse_odd_parameters(named)
+        self.named = list(named)
+        own = [Entry.like(name, p) for name, p in named]
+        _refuse_equal_names([*own, *beside])
+        super().__init__(own, beside, world_size)
+        with torch.no_grad():
+            for name, p in named:
+                self.views[name].copy_(p)
+                p.data = self.views[name]
+        # One id per parameter: comparing them at a boundary costs 0.1 µs each.
+        self._pointers = [view.data_ptr() for view in (self.views[name] for name, _ in named)]
+
+    def check_pointers(self) -> None:
+        """Raise `RuntimeError` if a parameter no longer lives in its flat buffer."""
+        for (name, p), pointer in zip(self.named, self._pointers, strict=True):
+            if p.data_ptr() != pointer:
+                raise RuntimeError(
+                    f"parameter {name} no longer lives in the optimizer's flat buffer: model.to(), "
+                    ".half(), load_state_dict(assign=True) or an assignment to .data moved it. Do "
+                    "that before building the optimizer"
+                )
+
+    def vector(self, *, wide: bool) -> Vector:
+        """A number for each element of the parameters: zeros."""
+        return Vector(self._layout[0], self._starts, self.params, wide=wide)
+
+
+class Vector:
+    """What a rule keeps for each element of the parameters (an anchor, a momentum).
+
+    Args:
+        entries, starts: the parameters' places.
+        like: the parameters' part of the flat buffers.
+        wide: whether parameters of 16 bits have theirs in float32, so that small updates to it are
+            not lost.
+
+    Attributes:
+        data: as the parameters' part of the flat buffers: one tensor (n,) per buffer.
+        views: by the parameter's name, in its shape.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        starts: Sequence[dict[str, int]],
+        like: Sequence[Tensor],
+        *,
+        wide: bool,
+    ) -> None:
+        self.wide = wide
+        types = [torch.promote_types(x.dtype, torch.float32) if wide else x.dtype for x in like]
+        self.data = [torch.zeros_like(x, dtype=t) for x, t in zip(like, types, strict=True)]
+        places = {name: (data, at[name]) for data, at in zip(self.data, starts, strict=True)
+                  for name in at}  # fmt: skip
+        self.views = {
+            e.name: data.as_strided(e.shape, e.stride, start)
+            for e in entries
+            for data, start in (places[e.name],)
+        }
+
+    def copy_(self, source: Sequence[Tensor]) -> None:
+        """Take the values of other tensors of this layout."""
+        for mine, x in zip(self.data, source, strict=True):
+            mine.copy_(x)
+
+    def equals(self, other: Sequence[Tensor]) -> bool:
+        """Whether tensors of this layout hold the same values. Cost: one host sync each."""
+        return all(torch.equal(z.to(x.dtype), x) for z, x in zip(self.data, other, strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies, by the parameter's name."""
+        return {name: view.clone() for name, view in self.views.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the values of the parameters named in ``state``.
+
+        Raises:
+            ValueError: if one has another shape here.
+        """
+        for name, saved in state.items():
+            if name not in self.views or self.views[name].shape != saved.shape:
+                raise ValueError(
+                    f"the state to load has parameter {name} of shape {tuple(saved.shape)}, which "
+                    "this optimizer does not have"
+                )
+            self.views[name].copy_(saved)
 
 
 def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -232,3 +323,12 @@ def float_entries(named: Iterable[tuple[str, Tensor]], *, from_rank0: bool) -> l
         for name, t in named
         if t.dtype.is_floating_point
     ]
+
+
+def pull_(x: Sequence[Tensor], z: Sequence[Tensor], weight: float) -> None:
+    """x ← x + weight (z - x), in place; tensors of one layout, z perhaps of a wider type."""
+    for mine, anchor in zip(x, z, strict=True):
+        if mine.dtype == anchor.dtype:
+            mine.lerp_(anchor, weight)
+        else:
+            mine.copy_(mine.to(anchor.dtype).lerp_(anchor, weight))

@@ -11,13 +11,13 @@ from __future__ import annotations
 import enum
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_FIELDS = struct.Struct("<qqqdd")
+_FIELDS = struct.Struct("<qqqddd")
 SLOT = _FIELDS.size + 1  # elements: the bytes of the fields, and the flag
 
 
@@ -51,6 +51,7 @@ class Header:
         h: local steps in its round.
         busy: seconds from its last collective to its arrival at this one.
         square_norm: squared norm of its parameters where drift is tracked, else 0.
+        loss: mean training loss of its round; NaN where none was recorded.
         finite: whether all it brings is finite.
     """
 
@@ -58,7 +59,8 @@ class Header:
     step: int
     h: int
     busy: float
-    square_norm: float
+    square_norm: float = 0.0
+    loss: float = math.nan
     finite: bool = True
 
 
@@ -68,26 +70,28 @@ def write(slots: Tensor, rank: int, header: Header, finite: Tensor | None) -> No
     ``finite`` is a 0-dim tensor that stays on the device (no host synchronisation); None means
     not looked at.
     """
-    packed = _FIELDS.pack(header.kind, header.step, header.h, header.busy, header.square_norm)
+    told = (header.kind, header.step, header.h, header.busy, header.square_norm, header.loss)
+    packed = _FIELDS.pack(*told)
     slots.zero_()
     slots[rank, :-1] = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(slots)
     slots[rank, -1] = 1 if finite is None else finite.to(slots.dtype)
 
 
-def read(slots: Tensor) -> list[Header]:
-    """Return every rank's header. Cost: one host synchronisation."""
-    headers = []
-    for row in slots.tolist():
-        *packed, finite = (int(element) for element in row)
-        kind, step, h, busy, square_norm = _FIELDS.unpack(bytes(packed))
-        headers.append(Header(Kind(kind), step, h, busy, square_norm, bool(finite)))
+def read(slots: Tensor, ranks: Iterable[int] | None = None) -> dict[int, Header]:
+    """Return the headers by rank, all or those of ``ranks``. Cost: one host synchronisation."""
+    rows = slots.tolist()
+    headers = {}
+    for rank in range(len(rows)) if ranks is None else ranks:
+        *packed, finite = (int(element) for element in rows[rank])
+        kind, *told = _FIELDS.unpack(bytes(packed))
+        headers[rank] = Header(Kind(kind), *told, finite=bool(finite))
     return headers
 
 
-def check_in_step(headers: Sequence[Header]) -> None:
+def check_in_step(headers: Mapping[int, Header]) -> None:
     """Raise `ReplicaMismatchError` unless all ranks agree on kind, step and H."""
     groups: dict[tuple[Kind, int, int], list[int]] = {}
-    for rank, header in enumerate(headers):
+    for rank, header in headers.items():
         groups.setdefault((header.kind, header.step, header.h), []).append(rank)
     if len(groups) > 1:
         told = "; ".join(
@@ -100,12 +104,12 @@ def check_in_step(headers: Sequence[Header]) -> None:
         )
 
 
-def spread(headers: Sequence[Header], mean_square_norm: float) -> float:
+def spread(headers: Mapping[int, Header], mean_square_norm: float) -> float:
     """Root mean square distance of the replicas from their mean.
 
     sqrt(mean_i |x_i - x̄|^2) = sqrt(mean_i |x_i|^2 - |x̄|^2), in the units of the parameters.
     """
-    mean = math.fsum(header.square_norm for header in headers) / len(headers)
+    mean = math.fsum(header.square_norm for header in headers.values()) / len(headers)
     return math.sqrt(max(mean - mean_square_norm, 0.0))  # in this order NaN stays NaN
 
 

@@ -17,10 +17,10 @@ from . import control
 from .buffers import BufferPolicy, Buffers
 from .collective import Collective, Traffic
 from .flat import Flat
-from .replica import Replica
+from .replica import Replica, SyncReport
 from .sync import Average, Rule
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class LocalOptimizer(Optimizer):
@@ -41,8 +41,10 @@ class LocalOptimizer(Optimizer):
             learning rate of parameter group 0.
         sync: how to synchronise; `Average` by default. A rule belongs to one optimizer.
         model: the module, so that its buffers are cared for and errors name its parameters.
-        buffers: what a synchronisation does to the model's buffers: "keep" each replica's own,
-            "average" the floating-point ones, or "broadcast" rank 0's.
+        buffers: what is done to the model's buffers whenever parameters are averaged in place (at
+            every synchronisation, under rules whose replicas agree; else in `consensus` and
+            `finish`): "keep" each replica's own, "average" the floating-point ones, or "broadcast"
+            rank 0's.
         process_group: the replicas; the default group if None.
         auto: whether `step` calls `average` itself.
         track_drift: whether to measure `drift` (one read of the parameters before and after).
@@ -144,18 +146,23 @@ class LocalOptimizer(Optimizer):
             RuntimeError: in the middle of a round.
         """
         self._refuse_in_consensus("add_param_group()")
-        old = self._replica
-        if old.remaining:
+        replica = self._replica
+        if replica.remaining:
             raise RuntimeError(
-                f"add_param_group at step {old.step}, {old.remaining} steps before the round "
-                "ends: add groups between rounds (when .synced), or call finish() first"
+                f"add_param_group at step {replica.step}, {replica.remaining} steps before the "
+                "round ends: add groups between rounds (when .synced), or call finish() first"
             )
+        self.sync.land()
         self.inner.add_param_group(param_group)
-        kept = old.buffers.snapshot()
+        own, buffers = replica.flat.views, replica.buffers.snapshot()
         new = self._build()
-        old.flat, old.buffers = new.flat, new.buffers
         with torch.no_grad():
-            new.buffers.restore(kept)
+            for name, p in new.flat.named:
+                if name in own:  # replicas may differ: only the new parameters start as rank 0's
+                    p.copy_(own[name])
+            new.buffers.restore(buffers)
+        replica.relayout(new.flat, new.buffers)
+        self.sync.relayout()
 
     # When: the place in the round.
 
@@ -180,13 +187,23 @@ class LocalOptimizer(Optimizer):
         return self._replica.traffic
 
     @property
-    def drift(self) -> float | None:
-        """Spread of the replicas just before the last synchronisation; None if not tracked.
+    def report(self) -> SyncReport | None:
+        """What the replicas told each other at the last synchronisation; None before the first.
 
-        sqrt((1/m) Σ_i |x_i - x̄|²), in the units of the parameters. It is computed from norms:
-        in float32 it cannot resolve a spread below about 1e-5 of the parameters' norm.
+        Where the collective runs behind training, it is of the synchronisation before that, for
+        that is the last one that has arrived.
         """
-        return self._replica.drift
+        return self._replica.report
+
+    @property
+    def drift(self) -> float | None:
+        """Spread of the replicas, as in `report`; None if not tracked.
+
+        sqrt((1/m) Σ_i |x_i - x̄|²), in the units of the parameters, just before the
+        synchronisation; where a rule pulls replicas first, after its pull. It is computed from
+        norms: in float32 it cannot resolve a spread below about 1e-5 of the parameters' norm.
+        """
+        return None if self._replica.report is None else self._replica.report.drift
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Make one local step; if ``auto``, end the round when it is due.
@@ -203,8 +220,9 @@ class LocalOptimizer(Optimizer):
         self._refuse_in_consensus("step()")
         if self._replica.remaining == 0:
             self._begin_round()
+        self._replica.record_lr(self.inner.param_groups[0].get("lr", math.nan))
         loss = self._inner_step(closure)
-        if closure is not None and loss is not None:
+        if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.record_loss(loss)
         if self.auto:
             self.average()
@@ -225,22 +243,35 @@ class LocalOptimizer(Optimizer):
         if replica.remaining == 0:
             self._begin_round()
         replica.step += 1
+        self._check_loss()
+        replica.poll()
+        self.sync.after_step()
         if replica.remaining > 1:
             replica.remaining -= 1
             return False
         self.sync.end_round()
-        replica.remaining = 0
-        replica.round += 1
+        replica.end_round()
         return True
+
+    def _check_loss(self) -> None:
+        replica = self._replica
+        if self.sync.needs_loss and replica.losses_recorded <= replica.h - replica.remaining:
+            raise RuntimeError(
+                f"{type(self.sync).__name__} needs the training loss of every step, and step "
+                f"{replica.step} on rank {self._collective.rank} has none: call step(closure), or "
+                "optimizer.record_loss(loss) before step()"
+            )
 
     def _begin_round(self) -> None:
         replica = self._replica
         replica.flat.check_pointers()
         self._check_model()
+        if replica.step == 0:
+            self.sync.begin()
         h = self.period(replica.step, float(self.inner.param_groups[0].get("lr", math.nan)))
         if not isinstance(h, int) or not 1 <= h < 2**63:
             raise ValueError(f"period gave H = {h!r} at step {replica.step}: not a positive int")
-        replica.h = replica.remaining = h
+        replica.begin_round(h)
 
     def _check_model(self) -> None:
         """Raise `RuntimeError` if the model has got other Parameters than the optimizer's."""
@@ -256,12 +287,13 @@ class LocalOptimizer(Optimizer):
         if self._in_consensus:
             raise RuntimeError(f"{call} inside consensus(): the model is not the replica's own now")
 
-    def record_loss(self, loss: Tensor) -> None:
-        """Tell the rule this step's training loss (0-dim); `step` does so with a closure's.
+    def record_loss(self, loss: Tensor | float) -> None:
+        """Take note of this step's training loss, one number, before `step` counts the step.
 
-        Stays on the device: no host synchronisation.
+        `step` does so itself with a closure's. Stays on the device: no host synchronisation. Its
+        mean over the round is what `report` tells of each replica, and what `LSGD` goes by.
         """
-        self.sync.record_loss(loss)
+        self._replica.record_loss(loss)
 
     # GradScaler asks for this, and then calls step() even where it found infinities, so that a
     # skipped inner step still counts towards the round on every replica.
@@ -300,9 +332,9 @@ class LocalOptimizer(Optimizer):
     def consensus(self) -> Iterator[None]:
         """Within the context the model holds what should be evaluated. Collective.
 
-        Under `Average`: the mean of the replicas, which between rounds they all are already. On
-        exit parameters and buffers are what they were. Its traffic is counted apart
-        (``traffic.other_bytes``).
+        The mean of the replicas, which under `Average` they all are already between rounds; under
+        `EASGD` the centre. On exit parameters and buffers are what they were. Its traffic is
+        counted apart (``traffic.other_bytes``).
 
         Raises:
             RuntimeError: if nested.
@@ -336,8 +368,7 @@ class LocalOptimizer(Optimizer):
         replica = self._replica
         self.sync.finish()
         if replica.remaining:
-            replica.remaining = 0
-            replica.round += 1
+            replica.end_round()
 
     # Saving: one state per rank.
 
@@ -351,6 +382,7 @@ class LocalOptimizer(Optimizer):
             NonFiniteError: if this replica holds NaN or infinity (with ``check_finite``), so that
                 it does not replace what was saved before.
         """
+        self.sync.land()
         if self._options["check_finite"]:
             self._replica.check_finite_here()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -362,8 +394,7 @@ class LocalOptimizer(Optimizer):
             "rule": type(self.sync).__name__,
             "rank": self._collective.rank,
             "world_size": self._collective.world_size,
-            **{key: getattr(replica, key) for key in ("step", "h", "remaining", "round", "drift")},
-            "traffic": vars(replica.traffic).copy(),
+            "replica": replica.state_dict(),
             "sync": self.sync.state_dict(),
         }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -390,30 +421,29 @@ class LocalOptimizer(Optimizer):
         if place is not None:
             self._check_place(place)
         self.inner.load_state_dict(state)
-        replica = self._replica
         if place is None:
-            replica.step = replica.h = replica.remaining = replica.round = 0
+            self._replica.start_over()
         else:
-            for key in ("step", "h", "remaining", "round", "drift"):
-                setattr(replica, key, place[key])
-            if not replica.track_drift:
-                replica.drift = None
-            replica.traffic = Traffic(**place["traffic"])
-            if place["world_size"] != self._collective.world_size:
-                replica.traffic.wait = []  # seconds of other ranks
+            self._replica.load_state_dict(place["replica"])
             self.sync.load_state_dict(place["sync"])
+            if place["world_size"] != self._collective.world_size:
+                self._replica.forget_others()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _check_place(self, place: dict[str, Any]) -> None:
         mine = {
-            "version": STATE_VERSION,
             "rule": type(self.sync).__name__,
             "rank": self._collective.rank,
             "world_size": self._collective.world_size,
         }
-        between_rounds = place["remaining"] == 0 and self.sync.replicas_agree
-        wanted = ("version", "rule") if between_rounds else mine
+        if place["version"] != STATE_VERSION:
+            raise ValueError(
+                f"the state to load has version {place['version']!r}, this localopt writes and "
+                f"reads {STATE_VERSION}"
+            )
+        agreed = place["sync"]["replicas_agree"] and place["replica"]["remaining"] == 0
+        wanted = ("rule",) if agreed else mine
         for key in wanted:
             if place[key] != mine[key]:
                 raise ValueError(

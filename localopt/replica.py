@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import control
 from . import header as headers_
 from .buffers import Buffers
-from .collective import Collective, Traffic, clock
-from .flat import Flat
+from .collective import Across, Collective, Pending, Traffic, clock
+from .flat import Flat, Memory
 from .header import Header, Kind, NonFiniteError, ranks_text
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What the replicas told each other at a synchronisation; equal on all ranks that took part.
+
+    Attributes:
+        step: local steps finished when it was begun.
+        h: local steps in the round that it ended.
+        drift: spread of the replicas then, sqrt((1/m) Σ_i |x_i - x̄|²); None if not tracked.
+        losses: by rank, mean training loss of the round; NaN where none was recorded.
+        waits: by rank, seconds it was idle for the slowest rank.
+
+    Under a rule that averages in groups, ranks of other groups have NaN.
+    """
+
+    step: int
+    h: int
+    drift: float | None
+    losses: list[float]
+    waits: list[float]
 
 
 class Replica:
@@ -19,13 +47,14 @@ class Replica:
     Attributes:
         flat: the parameters' memory.
         collective: rank, world size, and the collectives.
+        levels: the sums that one after another make the sum over all replicas.
         inner: the optimizer that makes the local steps.
         step: local steps finished.
         h: local steps in the current round, or in the last one when it has ended.
         remaining: local steps left in the current round; 0 between rounds.
         round: rounds finished.
         traffic: bytes and seconds.
-        drift: replica spread just before the last synchronisation, if tracked.
+        report: of the last synchronisation.
     """
 
     def __init__(
@@ -40,11 +69,69 @@ class Replica:
     ) -> None:
         self.flat, self.collective, self.buffers, self.inner = flat, collective, buffers, inner
         self.check_finite, self.track_drift = check_finite, track_drift
+        self.levels: Sequence[Collective | Across] = [collective]
         self.step = self.h = self.remaining = self.round = 0
         self.traffic = Traffic()
-        self.drift: float | None = None
+        self.report: SyncReport | None = None
         self.device = flat.buffers[0].data.device
+        self._landed_report: SyncReport | None = None
+        self._flight: _Flight | None = None
+        self._sent: Memory | None = None
         self._resumed = clock(self.device)
+        self._forget_round()
+
+    def use_own_group(self) -> None:
+        """Meet in a process group of its own from now on. Collective.
+
+        What runs behind training must not mix with other collectives of the user's group; and as
+        all of this replica's are in one group, ranks out of step meet there.
+        """
+        self.collective = self.collective.subgroup(range(self.collective.world_size))
+        self.levels = [self.collective]
+
+    # The place in the round.
+
+    def begin_round(self, h: int) -> None:
+        """A round of ``h`` local steps begins."""
+        self.h = self.remaining = h
+
+    def end_round(self) -> None:
+        """The round has ended."""
+        self.remaining = 0
+        self.round += 1
+        self._forget_round()
+
+    def _forget_round(self) -> None:
+        # A 0-dim tensor once a loss or a rate was one: nothing is read before the boundary.
+        self._rate_sum: float | Tensor = 0.0
+        self._loss_sum: float | Tensor = 0.0
+        self._rates = self.losses_recorded = 0
+
+    def record_lr(self, lr: float | Tensor) -> None:
+        """Take note of a step's learning rate."""
+        self._rate_sum = self._rate_sum + lr
+        self._rates += 1
+
+    def record_loss(self, loss: float | Tensor) -> None:
+        """Take note of a step's training loss. No host synchronisation."""
+        if isinstance(loss, Tensor):
+            loss = loss.detach().double().reshape(())
+        self._loss_sum = self._loss_sum + loss
+        self.losses_recorded += 1
+
+    @property
+    def lr(self) -> float:
+        """Mean learning rate over the round's steps so far, of parameter group 0."""
+        if not self._rates:
+            return float(self.inner.param_groups[0].get("lr", math.nan))
+        return float(self._rate_sum) / self._rates
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss over the round's steps so far; NaN if none was recorded."""
+        return float(self._loss_sum) / self.losses_recorded if self.losses_recorded else math.nan
+
+    # Meeting the others.
 
     @torch.no_grad()
     def equalise(self) -> None:
@@ -57,63 +144,213 @@ class Replica:
         self.traffic.other_seconds += self._resumed - started
 
     @torch.no_grad()
-    def mean_(self, kind: Kind = Kind.SYNC, *, ends_round: bool = True) -> None:
+    def mean_(
+        self, kind: Kind = Kind.SYNC, *, ends_round: bool = True, levels: int | None = None
+    ) -> None:
         """Replace what is averaged by its mean over the replicas, x ← x̄, in place. Collective.
 
         Every collective of a replica has this one size, whatever its kind, so that ranks which
         are out of step meet, see each other's headers, and say so.
 
+        Args:
+            kind: why.
+            ends_round: whether this ends a round; else it is counted apart.
+            levels: the mean over the replicas that the first so many levels cover; None for all.
+
         Raises:
             ReplicaMismatchError: if the ranks are not at the same call.
             NonFiniteError: if a replica brought NaN or infinity.
         """
-        flat, m = self.flat, self.collective.world_size
+        flat, sums = self.flat, self.levels[:levels]
+        ranks = sums[-1].ranks
         flat.check_pointers()
-        self.buffers.gather(flat.views, self.collective.rank)
+        self.buffers.gather(flat.views, from_rank0=self.collective.rank == ranks[0])
         started = clock(self.device)
+        self._write_header(flat.slots, kind, started, self._scan())
+        if len(ranks) > 1:
+            # Before the sum, which then cannot overflow where all replicas are finite.
+            for buffer in flat.buffers:
+                buffer.averaged.div_(len(ranks))
+        sent = 0
+        for level in sums:
+            sent += level.sum_([b.data for b in flat.buffers])
+            headers = headers_.read(flat.slots, level.ranks)
+            headers_.check_in_step(headers)
+        self._resumed = clock(self.device)
+        waits = _waits(headers)
+        self._count(ends_round, sent, self._resumed - started, waits)
+        self._check_finite(headers, flat)
+        self.buffers.scatter(flat.views)
+        if ends_round:
+            self.report = self._report(headers, waits, self._spread(headers, flat))
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """Start the mean of the parameters as they are now, x̄, behind training. Collective.
+
+        What is sent is a copy. One mean at a time: `land` the last one before.
+
+        Raises:
+            RuntimeError: if the parameters were moved out of their memory.
+        """
+        self.flat.check_pointers()
+        started = clock(self.device)
+        sent = self._copy(self.collective.world_size)
+        self._write_header(sent.slots, Kind.SYNC, started, self._scan())
+        pending = self.collective.start_sum_([b.data for b in sent.buffers])
+        self.report = self._landed_report
+        self._resumed = clock(self.device)
+        self._flight = _Flight(pending, self._resumed)
+        self._count(True, pending.bytes, self._resumed - started, {})
+
+    def poll(self) -> None:
+        """Take note if what was launched has ended. No waiting."""
+        flight = self._flight
+        if flight is not None and flight.ended is None and flight.pending.done():
+            flight.ended = time.perf_counter()
+
+    @torch.no_grad()
+    def land(self) -> list[Tensor] | None:
+        """Wait for what `launch` has started; None if nothing is in flight. No new collective.
+
+        Returns:
+            x̄, one tensor (n,) per buffer, in memory that the next `launch` writes to.
+
+        Raises:
+            ReplicaMismatchError: if the ranks had not launched at the same step.
+            NonFiniteError: if a replica brought NaN or infinity.
+        """
+        self.poll()
+        flight, sent = self._flight, self._sent
+        if flight is None or sent is None:
+            return None
+        self._flight = None
+        started = clock(self.device)
+        flight.pending.wait()
+        exposed = clock(self.device) - started
+        self._resumed += exposed  # so that it does not count as busy
+        ended = started if flight.ended is None else flight.ended
+        self.traffic.exposed += exposed
+        self.traffic.hidden += max(0.0, ended - flight.launched)
+        headers = headers_.read(sent.slots)
+        headers_.check_in_step(headers)
+        self._check_finite(headers, sent)
+        waits = _waits(headers)
+        self.traffic.count_wait(waits, self.collective.world_size)
+        self._landed_report = self._report(headers, waits, self._spread(headers, sent))
+        return sent.params
+
+    @torch.no_grad()
+    def exchange(
+        self, kind: Kind, levels: Sequence[Collective], *, ends_round: bool = False
+    ) -> list[dict[int, Header]]:
+        """Exchange headers alone, level by level; return each level's, by rank. Collective.
+
+        Raises:
+            ReplicaMismatchError: if the ranks are not at the same call.
+            NonFiniteError: if a replica holds NaN or infinity.
+        """
+        self.flat.check_pointers()
+        started = clock(self.device)
+        names = [] if not self.check_finite or bool(self.flat.finite()) else self.flat.non_finite()
+        m = self.collective.world_size
+        slots = torch.zeros(m, headers_.SLOT, dtype=torch.uint8, device=self.device)
+        sent, seen = 0, []
+        for level in levels:
+            self._write_header(slots, kind, started, torch.tensor(not names))
+            sent += level.sum_([slots])
+            headers = headers_.read(slots, level.ranks)
+            headers_.check_in_step(headers)
+            bad = [rank for rank, header in headers.items() if not header.finite]
+            if bad:
+                texts = control.gather(level, _few(names))
+                told = next(text for text in texts if text)
+                raise NonFiniteError(_brought(bad, self.step, told))
+            seen.append(headers)
+        self._resumed = clock(self.device)
+        waits = _waits(seen[-1])
+        self._count(ends_round, sent, self._resumed - started, waits)
+        if ends_round:
+            self.report = self._report(seen[-1], waits, self._measured(seen[-1], levels[-1]))
+        return seen
+
+    def _measured(self, headers: dict[int, Header], level: Collective) -> float | None:
+        """The spread where no mean is at hand. Cost: a collective, where drift is tracked."""
+        if not self.track_drift:
+            return None
+        mean = self._copy(len(level.ranks))
+        self.traffic.other_bytes += level.sum_(mean.params)
+        return self._spread(headers, mean)
+
+    @torch.no_grad()
+    def fetch_(self, into: Sequence[Tensor], level: Collective, rank: int) -> None:
+        """Replace ``into``, one tensor (n,) per buffer, by the parameters of ``rank``. Collective.
+
+        Counted as a part of the synchronisation that `exchange` has begun.
+        """
+        started = clock(self.device)
+        if self.collective.rank == rank:
+            for mine, x in zip(into, self.flat.params, strict=True):
+                mine.copy_(x)
+        self.traffic.bytes += level.broadcast_(into, list(level.ranks).index(rank))
+        self._resumed = clock(self.device)
+        self.traffic.exposed += self._resumed - started
+
+    def _copy(self, shares: int) -> Memory:
+        """The parameters divided by ``shares``, in the memory that means are made in."""
+        if self._sent is None:
+            self._sent = self.flat.twin()
+        for x, sent in zip(self.flat.params, self._sent.params, strict=True):
+            torch.div(x, shares, out=sent)
+        return self._sent
+
+    def _write_header(self, slots: Tensor, kind: Kind, now: float, finite: Tensor | None) -> None:
         mine = Header(
             kind=kind,
             step=self.step,
             h=self.h,
-            busy=started - self._resumed,
-            square_norm=flat.square_norm() if self.track_drift else 0.0,
+            busy=now - self._resumed,
+            square_norm=self.flat.square_norm() if self.track_drift else 0.0,
+            loss=self.loss,
         )
-        finite = flat.finite() if self.check_finite else None
-        headers_.write(flat.slots, self.collective.rank, mine, finite)
-        if m > 1:
-            # Before the sum, which then cannot overflow where all replicas are finite.
-            for buffer in flat.buffers:
-                buffer.averaged.div_(m)
-        sent = self.collective.sum_([b.data for b in flat.buffers])
-        headers = headers_.read(flat.slots)
-        self._resumed = clock(self.device)
-        self._count(ends_round, sent, self._resumed - started, headers)
-        headers_.check_in_step(headers)
-        self._check_finite(headers)
-        self.buffers.scatter(flat.views)
-        if self.track_drift and ends_round:
-            self.drift = headers_.spread(headers, flat.square_norm())
+        headers_.write(slots, self.collective.rank, mine, finite)
 
-    def _count(self, ends_round: bool, sent: int, seconds: float, headers: list[Header]) -> None:
+    def _scan(self) -> Tensor | None:
+        return self.flat.finite() if self.check_finite else None
+
+    def _count(
+        self, ends_round: bool, sent: int, seconds: float, waits: Mapping[int, float]
+    ) -> None:
         traffic = self.traffic
         if ends_round:
             traffic.syncs += 1
             traffic.bytes += sent
             traffic.exposed += seconds
-            traffic.count_wait([header.busy for header in headers])
+            traffic.count_wait(waits, self.collective.world_size)
         else:
             traffic.other_bytes += sent
             traffic.other_seconds += seconds
 
-    def _check_finite(self, headers: list[Header]) -> None:
-        bad = [rank for rank, header in enumerate(headers) if not header.finite]
+    def _spread(self, headers: Mapping[int, Header], mean: Memory) -> float | None:
+        return headers_.spread(headers, mean.square_norm()) if self.track_drift else None
+
+    def _report(
+        self, headers: Mapping[int, Header], waits: Mapping[int, float], drift: float | None
+    ) -> SyncReport:
+        first = next(iter(headers.values()))
+        ranks = range(self.collective.world_size)
+        losses = [headers[rank].loss if rank in headers else math.nan for rank in ranks]
+        return SyncReport(
+            first.step, first.h, drift, losses, [waits.get(rank, math.nan) for rank in ranks]
+        )
+
+    def _check_finite(self, headers: Mapping[int, Header], memory: Memory) -> None:
+        """Raise `NonFiniteError` if a rank brought NaN or infinity into what ``memory`` holds."""
+        bad = [rank for rank, header in headers.items() if not header.finite]
         # A scan that overflows on finite values raises the flag too: only names make it an error.
-        names = self.flat.non_finite() if bad else []
+        names = memory.non_finite() if bad else []
         if names:
-            raise NonFiniteError(
-                f"{ranks_text(bad)} brought NaN or infinity into the synchronisation at step "
-                f"{self.step}: {_few(names)}"
-            )
+            raise NonFiniteError(_brought(bad, headers[bad[0]].step, _few(names)))
 
     @torch.no_grad()
     def check_finite_here(self) -> None:
@@ -125,6 +362,8 @@ class Replica:
                 f"{_few(names)}"
             )
 
+    # Memory.
+
     def snapshot(self) -> list[Tensor]:
         """Copies of the flat buffers."""
         return [buffer.data.clone() for buffer in self.flat.buffers]
@@ -135,22 +374,65 @@ class Replica:
         for buffer, saved in zip(self.flat.buffers, snapshot, strict=True):
             buffer.data.copy_(saved)
 
-    def average_for_consensus(self) -> None:
-        """Put the mean of the replicas into the parameters. Collective in mid-round only."""
-        if self.remaining:
-            self.mean_(Kind.CONSENSUS, ends_round=False)
+    def relayout(self, flat: Flat, buffers: Buffers) -> None:
+        """Take over another layout of the memory; nothing may be in flight."""
+        self.flat, self.buffers, self._sent = flat, buffers, None
 
-    def finish_at_mean(self) -> None:
-        """End an open round at the mean; between rounds only check that all ranks are here.
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the round; nothing may be in flight."""
+        reports = {"report": self.report, "landed_report": self._landed_report}
+        return {
+            **{key: getattr(self, key) for key in _PLACE},
+            "rate_sum": float(self._rate_sum),
+            "loss_sum": float(self._loss_sum),
+            **{key: None if report is None else asdict(report) for key, report in reports.items()},
+            "traffic": asdict(self.traffic),
+        }
 
-        Raises:
-            ReplicaMismatchError: if another rank is elsewhere.
-        """
-        saved = None if self.remaining else self.snapshot()
-        self.mean_(Kind.FINISH, ends_round=bool(self.remaining))
-        if saved is not None:
-            # The mean of m equal numbers is not always that number, to the last bit.
-            self.restore(saved)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        for key in _PLACE:
+            setattr(self, key, state[key])
+        self._rate_sum, self._loss_sum = state["rate_sum"], state["loss_sum"]
+        self.report, self._landed_report = (
+            None if state[key] is None else SyncReport(**state[key])
+            for key in ("report", "landed_report")
+        )
+        self.traffic = Traffic(**state["traffic"])
+
+    def forget_others(self) -> None:
+        """Drop what was told by ranks that are not those of now."""
+        self.traffic.wait, self.report, self._landed_report = [], None, None
+
+    def start_over(self) -> None:
+        """Go back to step 0, as if no step had been made."""
+        self.step = self.h = self.remaining = self.round = 0
+        self._forget_round()
+
+
+_PLACE = ("step", "h", "remaining", "round", "_rates", "losses_recorded")
+
+
+@dataclass
+class _Flight:
+    """A mean that was launched; ``ended`` is when it was first seen to have ended."""
+
+    pending: Pending
+    launched: float
+    ended: float | None = None
+
+
+def _waits(headers: Mapping[int, Header]) -> dict[int, float]:
+    """Seconds that each rank was idle for the one that was busy longest."""
+    slowest = max(header.busy for header in headers.values())
+    return {rank: slowest - header.busy for rank, header in headers.items()}
+
+
+def _brought(ranks: list[int], step: int, what: str) -> str:
+    return (
+        f"{ranks_text(ranks)} brought NaN or infinity into the synchronisation at step {step}: "
+        f"{what}"
+    )
 
 
 def _few(names: list[str]) -> str:

@@ -67,7 +67,7 @@ class Average(Rule):
         state, views = self.replica.inner.state, self.replica.flat.views
         for field in self.state_fields:
             self._require(field)
-            for name, p in self.replica.flat.params:
+            for name, p in self.replica.flat.named:
                 view = views[f"{name}/{field}"]
                 tensor = state.get(p, {}).get(field)
                 if tensor is None:  # never stepped on this replica: it brings zeros

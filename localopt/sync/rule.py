@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from ..flat import Entry
+from ..flat import Entry, Vector
+from ..header import Kind
 
 if TYPE_CHECKING:
     from ..replica import Replica
@@ -18,44 +20,106 @@ class Rule(ABC):
     """Base of the rules. A subclass is one file in this folder.
 
     A rule sees its replica's flat memory and its collectives, and nothing of periods. It is
-    attached once, when all replicas hold the same parameters.
+    attached once, when all replicas hold the same parameters. What it keeps for each element of
+    the parameters are vectors that it asks for with `anchor` and `momentum`: saving, loading and
+    new parameter groups are then taken care of here.
+
+    Attributes:
+        replicas_agree: whether all replicas hold the same parameters, when no round is open.
+        needs_loss: whether the training loss must be recorded at every step.
     """
 
     replica: Replica
-
-    # Whether all replicas hold the same parameters when a round has ended.
     replicas_agree = True
+    needs_loss = False
 
     def attach(self, replica: Replica) -> None:
-        """Allocate what the rule keeps. Called once, by the optimizer."""
+        """Allocate what the rule keeps. Called once, by the optimizer. Collective."""
         if hasattr(self, "replica"):
             raise ValueError(
-                f"this {type(self).__name__}() already belongs to an optimizer: make a new one"
+                f"this {type(self).__name__} already belongs to an optimizer: make a new one"
             )
         self.replica = replica
+        self._anchors: dict[str, Vector] = {}
+        self._momenta: dict[str, Vector] = {}
+
+    def anchor(self, name: str, *, wide: bool = True) -> Vector:
+        """A vector that starts as the parameters; ``wide``: in float32 for those of 16 bits."""
+        self._anchors[name] = self.replica.flat.vector(wide=wide)
+        self._anchors[name].copy_(self.replica.flat.params)
+        return self._anchors[name]
+
+    def momentum(self, name: str) -> Vector:
+        """A vector that starts as zeros."""
+        self._momenta[name] = self.replica.flat.vector(wide=True)
+        return self._momenta[name]
 
     def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
         """What the rule wants averaged in the parameters' collective; entries of the layout."""
         return []
 
-    def record_loss(self, loss: Tensor) -> None:  # noqa: B027 (most rules need no loss)
-        """Take note of a step's training loss. No host synchronisation."""
+    def begin(self) -> None:
+        """The first round begins.
+
+        Raises:
+            RuntimeError: if the parameters are no longer those that the anchors started from.
+        """
+        for vector in self._anchors.values():
+            if not vector.equals(self.replica.flat.params):
+                raise RuntimeError(
+                    "the parameters were changed after the optimizer was built, and "
+                    f"{type(self).__name__} would pull them back to what they were: load weights "
+                    "before building the optimizer, or load the state that belongs to them into it"
+                )
+
+    def after_step(self) -> None:  # noqa: B027 (most rules do nothing)
+        """A local step is done. No collective."""
 
     @abstractmethod
     def end_round(self) -> None:
         """End the round: the rule's equation. Collective."""
 
+    def land(self) -> None:  # noqa: B027 (most rules leave nothing in flight)
+        """Wait for the collective in flight, if any, and take what it brings. Launches none."""
+
     def enter_consensus(self) -> None:
         """Put into the parameters the model that should be evaluated. Collective."""
-        self.replica.average_for_consensus()
+        self.land()
+        self.replica.mean_(Kind.CONSENSUS, ends_round=False)
 
     def finish(self) -> None:
         """Make all replicas equal to the consensus, with no collective left in flight."""
-        self.replica.finish_at_mean()
+        self.land()
+        replica = self.replica
+        equal = self.replicas_agree and not replica.remaining
+        saved = replica.snapshot() if equal else None
+        replica.mean_(Kind.FINISH, ends_round=replica.remaining > 0)
+        if saved is not None:
+            # The mean of m equal numbers is not always that number, to the last bit.
+            replica.restore(saved)
+        self.replicas_agree = True
+
+    @torch.no_grad()
+    def relayout(self) -> None:
+        """Move what is kept to the replica's new layout, which has parameters more."""
+        for name, vector in {**self._anchors, **self._momenta}.items():
+            new = self.replica.flat.vector(wide=vector.wide)
+            if name in self._anchors:
+                new.copy_(self.replica.flat.params)
+            new.load_state_dict(vector.views)
+            vector.data, vector.views = new.data, new.views
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in types that ``torch.load(weights_only=True)`` reads."""
-        return {}
+        vectors = {**self._anchors, **self._momenta}
+        return {
+            "replicas_agree": self.replicas_agree,
+            "vectors": {name: vector.state_dict() for name, vector in vectors.items()},
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+        self.replicas_agree = state["replicas_agree"]
+        for name, vector in {**self._anchors, **self._momenta}.items():
+            vector.load_state_dict(state["vectors"][name])

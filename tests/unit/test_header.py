@@ -27,6 +27,7 @@ headers = st.builds(
     h=st.integers(1, 2**40),
     busy=st.floats(allow_nan=False),
     square_norm=st.floats(min_value=0),
+    loss=st.floats(allow_nan=False),
     finite=st.booleans(),
 )
 
@@ -42,9 +43,19 @@ def test_a_sum_carries_every_slot_exactly(dtype: torch.dtype, brought: list[Head
         write(slots, rank, header, torch.tensor(header.finite))
         total += slots
     arrived = read(total)
-    assert arrived == brought
-    pairs = zip(arrived, brought, strict=True)
+    assert arrived == dict(enumerate(brought))
+    pairs = zip(arrived.values(), brought, strict=True)
     assert all(math.copysign(1, a.busy) == math.copysign(1, b.busy) for a, b in pairs)
+
+
+def test_some_ranks_alone_can_be_read() -> None:
+    """Slots that a sum has not covered are zeros, which are no header."""
+    slots = torch.zeros(4, SLOT)
+    write(slots, 2, Header(Kind.SYNC, 5, 3, 0.0, loss=0.25), None)
+    headers = read(slots, [2])
+    assert list(headers) == [2] and headers[2].loss == 0.25
+    write(slots, 2, Header(Kind.SYNC, 5, 3, 0.0), None)
+    assert math.isnan(read(slots, [2])[2].loss), "none recorded"
 
 
 def test_not_looked_at_counts_as_finite() -> None:
@@ -58,25 +69,26 @@ def header(kind: Kind = Kind.SYNC, step: int = 8, h: int = 4) -> Header:
 
 
 def test_ranks_out_of_step_are_named() -> None:
-    check_in_step([header()] * 3)
+    check_in_step(dict(enumerate([header()] * 3)))
     with pytest.raises(ReplicaMismatchError) as caught:
-        check_in_step([header(), header(step=9), header(), header(kind=Kind.FINISH)])
+        odd = [header(), header(step=9), header(), header(kind=Kind.FINISH)]
+        check_in_step(dict(enumerate(odd)))
     assert (
         "ranks 0, 2 at step 8 with H 4 (sync); rank 1 at step 9 with H 4 (sync); "
         "rank 3 at step 8 with H 4 (finish)"
     ) in str(caught.value)
     with pytest.raises(ReplicaMismatchError, match="rank 1 at step 8 with H 5"):
-        check_in_step([header(), header(h=5)])
+        check_in_step({0: header(), 1: header(h=5)})
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_spread_shows_what_is_not_finite(norm: float) -> None:
-    replicas = [Header(Kind.SYNC, 1, 1, 0.0, n) for n in (1.0, norm)]
+    replicas = {rank: Header(Kind.SYNC, 1, 1, 0.0, n) for rank, n in enumerate((1.0, norm))}
     assert not math.isfinite(spread(replicas, norm))
 
 
 def test_spread_by_hand() -> None:
     """x = 1 and 3: mean 2, spread 1; equal replicas whose norms round apart: 0."""
-    replicas = [Header(Kind.SYNC, 1, 1, 0.0, n) for n in (1.0, 9.0)]
+    replicas = {rank: Header(Kind.SYNC, 1, 1, 0.0, n) for rank, n in enumerate((1.0, 9.0))}
     assert spread(replicas, 4.0) == 1.0
-    assert spread(replicas[:1], 1.0 + 1e-15) == 0.0
+    assert spread({0: replicas[0]}, 1.0 + 1e-15) == 0.0

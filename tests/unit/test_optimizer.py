@@ -431,7 +431,7 @@ def test_refused_settings() -> None:
         LocalSGD(network().parameters(), period=Constant(1), sync=Average)
     rule = Average()
     LocalSGD(network().parameters(), period=Constant(1), sync=rule)
-    with pytest.raises(ValueError, match=r"this Average\(\) already belongs to an optimizer"):
+    with pytest.raises(ValueError, match="this Average already belongs to an optimizer"):
         LocalSGD(network().parameters(), period=Constant(1), sync=rule)
     with pytest.raises(ValueError, match="sequence of names"):
         Average(state_fields="exp_avg")
@@ -461,11 +461,11 @@ def test_state_of_another_type_is_not_rounded() -> None:
 
 
 def test_wait() -> None:
-    """"per rank, seconds it has waited at boundaries for the slowest rank"."""
+    """Waits add up by rank; of ranks that were not met nothing is known."""
     traffic = Traffic()
-    traffic.count_wait([1.0, 3.0, 2.5])
-    traffic.count_wait([1.0, 1.0, 4.0])
-    assert traffic.wait == [5.0, 3.0, 0.5]
+    traffic.count_wait({0: 2.0, 1: 0.0, 2: 0.5}, 4)
+    traffic.count_wait({0: 3.0, 1: 3.0}, 4)
+    assert traffic.wait == [5.0, 3.0, 0.5, 0.0]
 
 
 def test_one_replica_sends_nothing() -> None:
@@ -489,6 +489,15 @@ SIGNATURES: dict[str, list[str]] = {
     "PostLocal": ["switch_step", "h"],
     "SWAP": ["switch_step"],
     "Average": ["state_fields"],
+    "BlockMomentum": ["outer", "normalize_by_lr"],
+    "BMUF": ["momentum", "lr", "nesterov"],
+    "SlowMo": ["beta", "lr"],
+    "DiLoCo": ["lr", "momentum"],
+    "EASGD": ["alpha", "beta", "pull"],
+    "OverlapLocalSGD": ["alpha", "beta"],
+    "CoCoDSGD": [],
+    "LSGD": ["c", "p", "group_size"],
+    "HierarchicalAverage": ["group_size", "global_every"],
 }  # fmt: skip
 
 

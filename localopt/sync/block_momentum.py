@@ -1,0 +1,236 @@
+"""Block momentum (BMUF, SlowMo, DiLoCo): an outer optimizer on what a round has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from .rule import Rule
+
+
+@dataclass(eq=False, repr=False)
+class BlockMomentum(Rule):
+    """Step with an outer optimizer on the pseudo-gradient Δ = z - x̄; every replica gets the result.
+
+    z ← outer step on Δ;  x_i ← z
+
+    z is the model at the round's start, the same on all replicas. With an outer SGD of rate ζ and
+    momentum η this is v ← η v + ζ (x̄ - z), z ← z + v; with η = 0 and ζ = 1 it is averaging. With
+    ``normalize_by_lr``, Δ = (z - x̄)/γ and the outer rate is multiplied by γ, the mean learning
+    rate over the round: the same while γ is constant, and under a schedule v keeps the scale of
+    gradients.
+
+    A fixed outer momentum, and the division by γ, suppose rounds of one length. Where H grows, as
+    with QSR, Δ grows with it, and v mixes rounds of all lengths: nothing is refused, but neither is
+    the published method any more; try a smaller momentum. The outer optimizer steps on all
+    parameters, also on those that do not require gradients, so an outer weight decay shrinks these
+    as well.
+
+    Args:
+        outer: makes the outer optimizer from a list of parameters, such as
+            ``functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)``.
+        normalize_by_lr: divide Δ by γ and multiply the outer rate by it.
+        heuristic_momentum: set the outer momentum to 1 - 1/m, for m replicas.
+
+    Attributes:
+        outer_optimizer: what ``outer`` has made, once a `LocalOptimizer` has this rule; its
+            ``param_groups`` may be scheduled, on all ranks alike.
+
+    Raises:
+        TypeError: if ``outer`` does not make a torch optimizer.
+        ValueError: if the outer optimizer needs a closure, or is SGD with settings that diverge;
+            at a synchronisation, if γ is 0 and should be divided by.
+
+    Source: Chen & Huo 2016 (BMUF); Wang et al., arXiv 1910.00643 (SlowMo); Douillard et al., arXiv
+    2311.08105 (DiLoCo).
+    """
+
+    outer: Callable[[list[nn.Parameter]], Optimizer]
+    normalize_by_lr: bool = False
+    heuristic_momentum: bool = False
+
+    def __post_init__(self) -> None:
+        p = nn.Parameter(torch.zeros(2, 2))
+        p.grad = torch.zeros_like(p)
+        trial = self.outer([p])
+        if not isinstance(trial, Optimizer):
+            raise TypeError(
+                f"outer must make a torch.optim.Optimizer from parameters; it made {trial!r}"
+            )
+        try:
+            trial.step()
+        except TypeError:
+            raise ValueError(
+                f"outer makes {type(trial).__name__}, which needs a closure: the pseudo-gradient "
+                "has none"
+            ) from None
+        if self.normalize_by_lr and "lr" not in trial.param_groups[0]:
+            raise ValueError(f"normalize_by_lr: {type(trial).__name__} has no learning rate")
+        if self.heuristic_momentum and not isinstance(trial, SGD):
+            raise ValueError("heuristic_momentum sets the momentum of an outer SGD")
+        for group in trial.param_groups:
+            _refuse_divergent(trial, group, self.heuristic_momentum)
+        self._described = " ".join(repr(trial).split())
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockMomentum({self._described}, normalize_by_lr={self.normalize_by_lr}, "
+            f"heuristic_momentum={self.heuristic_momentum})"
+        )
+
+    def attach(self, replica: Any) -> None:
+        super().attach(replica)
+        self.z = self.anchor("z")
+        self._params = {name: nn.Parameter(view) for name, view in self.z.views.items()}
+        self.outer_optimizer = self.outer(list(self._params.values()))
+        self._set_momentum()
+
+    def _set_momentum(self) -> None:
+        if self.heuristic_momentum:
+            for group in self.outer_optimizer.param_groups:
+                group["momentum"] = 1 - 1 / self.replica.collective.world_size
+
+    def end_round(self) -> None:
+        gamma = self._gamma()
+        self.replica.mean_()
+        self._outer_step(gamma)
+
+    def _gamma(self) -> float:
+        gamma = self.replica.lr if self.normalize_by_lr else 1.0
+        if not gamma > 0:
+            raise ValueError(
+                f"the mean learning rate of the round that ended at step {self.replica.step} is "
+                f"{gamma}, and normalize_by_lr (SlowMo) divides by it: end the schedule above zero"
+            )
+        return gamma
+
+    @torch.no_grad()
+    def _outer_step(self, gamma: float) -> None:
+        flat = self.replica.flat
+        for z, x in zip(self.z.data, flat.params, strict=True):
+            torch.sub(z, x, out=x)  # Δ, where x̄ was: no memory of its own
+            if self.normalize_by_lr:
+                x.div_(gamma)
+        for name, p in self._params.items():
+            p.grad = flat.views[name].to(p.dtype)
+        with self._scaled_rates(gamma):
+            self.outer_optimizer.step()
+        self.outer_optimizer.zero_grad()
+        for z, x in zip(self.z.data, flat.params, strict=True):
+            x.copy_(z)
+
+    @contextmanager
+    def _scaled_rates(self, gamma: float) -> Iterator[None]:
+        if not self.normalize_by_lr:
+            yield
+            return
+        groups = self.outer_optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] * gamma
+        yield
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+    def finish(self) -> None:
+        """End an open round at x̄, without an outer step; the next goes on from there."""
+        mid_round = self.replica.remaining > 0
+        super().finish()
+        if mid_round:
+            self.z.copy_(self.replica.flat.params)
+
+    def relayout(self) -> None:
+        super().relayout()
+        for name, view in self.z.views.items():
+            if name in self._params:
+                self._params[name].data = view
+            else:
+                self._params[name] = nn.Parameter(view)
+                self.outer_optimizer.add_param_group({"params": [self._params[name]]})
+        self._set_momentum()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "outer": _copied(self.outer_optimizer.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.outer_optimizer.load_state_dict(state["outer"])
+
+
+def BMUF(momentum: float | None = None, lr: float = 1.0, nesterov: bool = False) -> BlockMomentum:
+    """Blockwise model-update filtering: `BlockMomentum` with SGD.
+
+    v ← η v + ζ (x̄ - z);  z ← z + v, or with Nesterov momentum z ← z + ζ (x̄ - z) + η v
+
+    Args:
+        momentum: η, in [0, 1); None for 1 - 1/m.
+        lr: ζ.
+        nesterov: the textbook's Nesterov form.
+
+    Source: Chen & Huo, ICASSP 2016.
+    """
+    initial = 0.5 if momentum is None else momentum
+    outer = partial(SGD, lr=lr, momentum=initial, nesterov=nesterov and initial > 0)
+    return BlockMomentum(outer, heuristic_momentum=momentum is None)
+
+
+def SlowMo(beta: float, lr: float = 1.0) -> BlockMomentum:
+    """Slow momentum: `BlockMomentum` with SGD, normalised by the learning rate γ.
+
+    v ← β v + (z - x̄)/γ;  z ← z - ζ γ v
+
+    Args:
+        beta: β, in [0, 1).
+        lr: ζ, the slow learning rate.
+
+    Source: Wang et al., ICLR 2020, arXiv 1910.00643.
+    """
+    return BlockMomentum(partial(SGD, lr=lr, momentum=beta), normalize_by_lr=True)
+
+
+def DiLoCo(lr: float = 0.7, momentum: float = 0.9) -> BlockMomentum:
+    """DiLoCo: `BlockMomentum` with SGD and Nesterov momentum; made for AdamW inside.
+
+    Args:
+        lr: outer learning rate.
+        momentum: outer momentum, in [0, 1).
+
+    Source: Douillard et al., arXiv 2311.08105.
+    """
+    return BlockMomentum(partial(SGD, lr=lr, momentum=momentum, nesterov=momentum > 0))
+
+
+def _refuse_divergent(outer: Optimizer, group: dict[str, Any], heuristic: bool) -> None:
+    """Refuse an outer SGD that diverges once rounds are long enough to reach their optimum.
+
+    There Δ = z - x*, so z follows z ← z - ζ (Δ + …), which is stable for η < 1 and
+    ζ < 2 (1 + η), with Nesterov momentum ζ < 2 (1 + η) / (1 + 2 η).
+    """
+    if not isinstance(outer, SGD):
+        return
+    eta, zeta = float(group["momentum"]), float(group["lr"])
+    if not 0 <= eta < 1:
+        raise ValueError(f"the outer momentum is {eta}: it must lie in [0, 1), or it diverges")
+    if heuristic:
+        eta = 0.0 if not group["nesterov"] else 1.0  # the tightest bound over all m
+    bound = 2 * (1 + eta) / (1 + 2 * eta) if group["nesterov"] else 2 * (1 + eta)
+    if not 0 < zeta < bound:
+        raise ValueError(
+            f"the outer learning rate is {zeta}: with momentum {eta:g} it must lie between 0 and "
+            f"{bound:.3g}, or long rounds diverge"
+        )
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,61 @@
+"""CoCoD-SGD: averaging behind the next round, whose progress is added on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .rule import Rule
+
+
+@dataclass(eq=False)
+class CoCoDSGD(Rule):
+    """Replace what a replica had one round ago by the mean of that; keep what it did since.
+
+    At the end of a round:
+        wait for the mean of s launched one round ago: x_i ← mean(s) + (x_i - s_i);
+        s_i ← x_i; launch the mean of s, and train on.
+
+    The first round's end only launches. Replicas never agree; what is evaluated is their mean.
+
+    Source: Shen et al., IJCAI 2019, arXiv 1906.12043.
+    """
+
+    def attach(self, replica: Any) -> None:
+        super().attach(replica)
+        replica.use_own_group()
+        # While a mean is in flight s_i; once it has landed the correction mean(s) - s_i.
+        self.s = self.momentum("s")
+        self._corrects = False
+
+    @torch.no_grad()
+    def end_round(self) -> None:
+        self.land()
+        if self._corrects:
+            for x, s in zip(self.replica.flat.params, self.s.data, strict=True):
+                x.add_(s)
+        self._corrects = False
+        self.s.copy_(self.replica.flat.params)
+        self.replica.launch()
+        self.replicas_agree = False
+
+    @torch.no_grad()
+    def land(self) -> None:
+        mean = self.replica.land()
+        if mean is not None:
+            for s, average in zip(self.s.data, mean, strict=True):
+                torch.sub(average.to(s.dtype), s, out=s)
+            self._corrects = True
+
+    def finish(self) -> None:
+        super().finish()
+        self._corrects = False  # the mean has it all
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "corrects": self._corrects}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._corrects = state["corrects"]

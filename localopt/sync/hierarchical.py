@@ -1,0 +1,53 @@
+"""Hierarchical averaging: often inside a node, seldom across nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..collective import Across
+from .rule import Rule
+
+
+@dataclass(eq=False)
+class HierarchicalAverage(Rule):
+    """Average inside a group at the end of every round, over all replicas every few rounds.
+
+    x_i ← mean over i's group; at every ``global_every``-th round's end x_i ← x̄
+
+    With a constant period of H1 the groups meet every global_every H1 steps. A meeting of all is a
+    sum inside the group, a sum of one shard per member across groups, and a broadcast of the shards
+    inside: between groups a group sends no more than one replica would.
+
+    Args:
+        group_size: replicas in a group, those of consecutive ranks: for launchers that number ranks
+            host by host, the replicas of a host. It must divide their number.
+        global_every: rounds between averages over all replicas.
+
+    Raises:
+        ValueError: if either is less than 1; at construction of the optimizer, if group_size does
+            not divide the number of replicas.
+
+    Source: Lin et al., arXiv 1808.07217, section 5 (hierarchical local SGD).
+    """
+
+    group_size: int
+    global_every: int
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "global_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(
+                    f"HierarchicalAverage: {name} is {value!r}: it must be an integer of at least 1"
+                )
+
+    def attach(self, replica: Any) -> None:
+        super().attach(replica)
+        everyone = replica.collective
+        inside, peers = everyone.split(self.group_size)
+        replica.levels = [inside, Across(inside, peers, everyone.ranks)]
+
+    def end_round(self) -> None:
+        self.replicas_agree = (self.replica.round + 1) % self.global_every == 0
+        self.replica.mean_(levels=None if self.replicas_agree else 1)

@@ -1,0 +1,140 @@
+"""Leader SGD (LSGD): replicas follow the one with the lowest loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..collective import Collective
+from ..flat import Vector, pull_
+from ..header import Header, Kind, NonFiniteError
+from .rule import Rule
+
+
+@dataclass(eq=False)
+class LSGD(Rule):
+    """Pull every replica towards a leader: the replica with the lowest training loss.
+
+    At the end of a round the replicas exchange their losses, means over the round, and the leader
+    sends its parameters: L ← x_leader, x_i ← (1 - c) x_i + c L. After every local step
+    x_i ← x_i - (p/H)(x_i - L), in the first round with the initial model for L. Among equal losses
+    the lowest rank leads; a NaN never does. There is one leader for the whole model.
+
+    With two levels, groups of ``group_size`` consecutive ranks follow a leader of their own every
+    round (c, p), and at every ``global_every``-th round's end also the best of all replicas
+    (c_global); each step is pulled to it by p_global / (global_every H), before the pull to the
+    group's own.
+
+    Replicas never agree; what is evaluated is their mean. The loss comes from ``step(closure)``
+    or `LocalOptimizer.record_loss`, called before the step. The strengths c are per
+    synchronisation: where H grows, as with QSR, a step is pulled less.
+
+    Args:
+        c: pull at a synchronisation, in [0, 1].
+        p: pull over the steps of a round, in [0, 1].
+        group_size: replicas in a group; None for one level. It must divide their number.
+        c_global, p_global: the same towards the global leader.
+        global_every: rounds between synchronisations with it; needed with group_size.
+
+    Raises:
+        ValueError: for settings outside these, or where none would pull at all.
+        NonFiniteError: at a synchronisation, if no replica has a loss that is a number.
+
+    Source: Teng et al., NeurIPS 2019, arXiv 1905.10395.
+    """
+
+    c: float = 0.1
+    p: float = 0.1
+    group_size: int | None = None
+    c_global: float = 0.1
+    p_global: float = 0.1
+    global_every: int | None = None
+
+    needs_loss = True
+
+    def __post_init__(self) -> None:
+        for name in ("c", "p", "c_global", "p_global"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"LSGD: {name} is {getattr(self, name)}: it must lie in [0, 1]")
+        if self.c == self.p == 0:
+            raise ValueError("LSGD: c and p are both 0: no replica would follow its leader")
+        if (self.group_size is None) != (self.global_every is None):
+            raise ValueError(
+                f"LSGD: group_size is {self.group_size} and global_every {self.global_every}: "
+                "two levels need both, one level neither"
+            )
+        for name in ("group_size", "global_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"LSGD: {name} is {value!r}: it must be an integer of at least 1")
+        if self.group_size and self.c_global == self.p_global == 0:
+            raise ValueError("LSGD: c_global and p_global are both 0: groups would never meet")
+
+    def attach(self, replica: Any) -> None:
+        super().attach(replica)
+        self._all: Collective = replica.collective
+        self._group = self._all
+        if self.group_size is not None:
+            self._group, _ = self._all.split(self.group_size)
+        # A leader is sent as it is, in the parameters' own type.
+        self.leader = self.anchor("leader", wide=False)
+        self.global_leader: Vector | None = None
+        if self.group_size is not None:
+            self.global_leader = self.anchor("global leader", wide=False)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        x, h = self.replica.flat.params, self.replica.h
+        if self.global_leader is not None and self.global_every and self.p_global:
+            pull_(x, self.global_leader.data, self.p_global / (self.global_every * h))
+        if self.p:
+            pull_(x, self.leader.data, self.p / h)
+
+    @torch.no_grad()
+    def end_round(self) -> None:
+        meets_all = bool(self.global_every) and (self.replica.round + 1) % self.global_every == 0
+        levels = [self._group, self._all] if meets_all else [self._group]
+        seen = self.replica.exchange(Kind.SYNC, levels, ends_round=True)
+        self._follow(self.leader, self._group, seen[0], self.c)
+        if meets_all and self.global_leader is not None:
+            self._follow(self.global_leader, self._all, seen[1], self.c_global)
+        self.replicas_agree = False
+
+    def _follow(
+        self, leader: Vector, level: Collective, headers: Mapping[int, Header], strength: float
+    ) -> None:
+        self.replica.fetch_(leader.data, level, leading(headers))
+        pull_(self.replica.flat.params, leader.data, strength)
+
+    def enter_consensus(self) -> None:
+        self._meet(Kind.CONSENSUS)
+        super().enter_consensus()
+
+    def finish(self) -> None:
+        self._meet(Kind.FINISH)
+        super().finish()
+
+    def _meet(self, kind: Kind) -> None:
+        # A full-size collective would not meet the small one of a rank that is elsewhere.
+        self.replica.exchange(kind, [self._group, self._all] if self.group_size else [self._all])
+
+
+def leading(headers: Mapping[int, Header]) -> int:
+    """The rank with the lowest loss; the lowest such rank; never one whose loss is NaN.
+
+    Raises:
+        NonFiniteError: if no loss is a number.
+    """
+    ranked = [
+        (header.loss, rank) for rank, header in headers.items() if not math.isnan(header.loss)
+    ]
+    if not ranked:
+        raise NonFiniteError(
+            f"no replica has a training loss that is a number at step "
+            f"{next(iter(headers.values())).step}: none can lead"
+        )
+    return min(ranked)[1]

@@ -1,0 +1,92 @@
+"""Overlap-Local-SGD: replicas are pulled to an anchor that is averaged behind the next round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..flat import pull_
+from .rule import Rule
+
+
+@dataclass(eq=False)
+class OverlapLocalSGD(Rule):
+    """Pull every replica to the anchor z, which moves by the mean that was launched a round ago.
+
+    At the end of a round:
+        wait for the mean x̄' launched one round ago: v ← β v + (x̄' - z), z ← z + v;
+        x_i ← (1 - α) x_i + α z;
+        launch the mean of these x_i, and train on.
+
+    The anchor is exactly one round old. Replicas never agree; what is evaluated is their mean.
+    With α = 0 they are independent; with β = 0 the anchor is the last mean of pulled replicas.
+
+    With ``normalize_by_lr``: v ← β v + (z - x̄')/γ, z ← z - γ v, γ the mean learning rate over the
+    round that launched; the same while γ is constant. β supposes rounds of one length: where H
+    grows, as with QSR, v mixes rounds of all lengths; a smaller β is safer.
+
+    Args:
+        alpha: α, in [0, 1): at 1 a replica would forget its round altogether.
+        beta: β, in [0, 1).
+        normalize_by_lr: keep v in units of gradients.
+
+    Raises:
+        ValueError: for settings outside these; at a synchronisation, if γ is 0 and should be
+            divided by.
+
+    Source: Wang, Liang, Joshi, ICASSP 2020, arXiv 2002.09539.
+    """
+
+    alpha: float = 0.6
+    beta: float = 0.7
+    normalize_by_lr: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < 1:
+            raise ValueError(
+                f"OverlapLocalSGD: alpha is {self.alpha}: it must lie in [0, 1), for at 1 every "
+                "round's progress would be overwritten"
+            )
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"OverlapLocalSGD: beta is {self.beta}: it must lie in [0, 1)")
+
+    def attach(self, replica: Any) -> None:
+        super().attach(replica)
+        replica.use_own_group()
+        self.z = self.anchor("z")
+        self.v = self.momentum("v")
+
+    @torch.no_grad()
+    def end_round(self) -> None:
+        self.land()
+        self._gamma = self._lr()
+        pull_(self.replica.flat.params, self.z.data, self.alpha)
+        self.replica.launch()
+        self.replicas_agree = False
+
+    def _lr(self) -> float:
+        gamma = self.replica.lr if self.normalize_by_lr else 1.0
+        if not gamma > 0:
+            raise ValueError(
+                f"the mean learning rate of the round that ended at step {self.replica.step} is "
+                f"{gamma}, and normalize_by_lr divides by it: end the schedule above zero"
+            )
+        return gamma
+
+    @torch.no_grad()
+    def land(self) -> None:
+        mean = self.replica.land()
+        if mean is None:
+            return
+        for z, v, average in zip(self.z.data, self.v.data, mean, strict=True):
+            # v points from the anchor to the mean, in units of γ.
+            v.mul_(self.beta).add_(average.to(z.dtype) - z, alpha=1 / self._gamma)
+            z.add_(v, alpha=self._gamma)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Make the replicas equal to their mean; the anchor goes on from there."""
+        super().finish()
+        self.z.copy_(self.replica.flat.params)
