@@ -2,6 +2,7 @@
 
     write.py       `python -m data.write SOURCE --out DIR`: train.beton, val.beton, dataset.json
     digits.py      the embedded data set: 1,797 real handwritten digits
+    cifar10.py     CIFAR-10, from the folder where torchvision puts it
     dataset.py     dataset.json and the checks made before a .beton is read
     order.py       who reads what: permutations, shards, and random draws per sample
     augment.py     crop boxes and flips from draws; the FFCV decoder that applies them
@@ -9,5 +10,6 @@
     loaders.py     TrainData and ValData, which the training program iterates
 
 Everything random is a function of (seed, epoch, sample index), never of the rank, the worker or the
-batch that asked. So a resumed run, or one with other numbers of workers, sees the same images.
+batch that asked. So a resumed run, or one with other numbers of workers, sees the same images. Only
+with skewed shards does the rank decide too: which images are its own, and in which order they come.
 """

@@ -1,7 +1,8 @@
 """Crop boxes and flips from draws, and the FFCV decoder that applies them.
 
 A box is (top, left, height, width) in pixels of the stored image. Random and centre crops are both
-only boxes, so training and validation run the same compiled code.
+only boxes, so training and validation run the same compiled code. Where padding is asked for, a box
+may leave its image: what lies outside is black.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ SAMPLE = np.dtype(
         ("data_ptr", "<u8"),
         ("size", "<u8"),
         ("seed", "<u8"),
-        ("top", "<u4"),
-        ("left", "<u4"),
+        ("top", "<i4"),
+        ("left", "<i4"),
         ("crop_height", "<u4"),
         ("crop_width", "<u4"),
         ("height", "<u2"),
@@ -85,6 +86,28 @@ def random_resized_crop(
     left = np.minimum((left * (widths - w + 1)).astype(np.int64), widths - w)
     boxes = np.stack([top, left, h, w], axis=1)
     return np.where(fits.any(axis=1)[:, None], boxes, _largest_centre(heights, widths, ratio))
+
+
+def padded_crop(
+    draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, padding: int
+) -> np.ndarray:
+    """Boxes of the images' own sizes, shifted uniformly: torchvision's RandomCrop with a padding.
+
+    The same as padding each image with `padding` black pixels on every side and then cropping a
+    window of the original size.
+
+    Args:
+        draws: (m, 2) float64 in [0, 1), for top and left.
+        heights, widths: (m,) image sizes in pixels.
+        padding: the largest shift, in pixels of the stored image.
+
+    Returns:
+        (m, 4) int64 boxes, which leave the images by at most `padding`.
+    """
+    places = 2 * padding + 1
+    # The product can round up to the number of places, which is one too many.
+    shift = np.minimum((draws * places).astype(np.int64), places - 1) - padding
+    return np.stack([shift[:, 0], shift[:, 1], heights, widths], axis=1).astype(np.int64)
 
 
 def center_crop(heights: np.ndarray, widths: np.ndarray, crop_ratio: float) -> np.ndarray:
@@ -137,13 +160,17 @@ class BoxDecoder(SimpleRGBImageDecoder):
         resolution: R, the side of the square output, (b, R, R, 3) uint8.
         pool: threads that decode.
         workers: how many of them to use.
+        padded: see `decode_samples`.
     """
 
-    def __init__(self, resolution: int, pool: ThreadPoolExecutor, workers: int) -> None:
+    def __init__(
+        self, resolution: int, pool: ThreadPoolExecutor, workers: int, padded: bool | None = None
+    ) -> None:
         super().__init__()
         self.shape = (resolution, resolution, 3)
         self.pool = pool
         self.workers = workers
+        self.padded = padded
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         # FFCV's cropping decoders also keep a whole image per sample and slot, pinned: for ImageNet
@@ -153,13 +180,15 @@ class BoxDecoder(SimpleRGBImageDecoder):
         return state, AllocationQuery(self.shape, dtype)
 
     def generate_code(self) -> Callable:
-        pool, workers = self.pool, self.workers
+        pool, workers, padded = self.pool, self.workers, self.padded
 
         def decode(batch_indices, destination, metadata, storage_state):
             file = storage_state[0]
             cuts = [len(batch_indices) * i // workers for i in range(workers + 1)]
             jobs = [
-                pool.submit(decode_samples, batch_indices[a:b], metadata, file, destination[a:b])
+                pool.submit(
+                    decode_samples, batch_indices[a:b], metadata, file, destination[a:b], padded
+                )
                 for a, b in pairwise(cuts)
                 if a < b
             ]
@@ -173,7 +202,11 @@ class BoxDecoder(SimpleRGBImageDecoder):
 
 @njit(nogil=True, error_model="numpy")
 def decode_samples(
-    indices: np.ndarray, samples: np.ndarray, file: np.ndarray, out: np.ndarray
+    indices: np.ndarray,
+    samples: np.ndarray,
+    file: np.ndarray,
+    out: np.ndarray,
+    padded: bool | None = None,
 ) -> int:
     """Decode, crop, resize and flip some samples. Compiled; runs without the interpreter lock.
 
@@ -182,16 +215,22 @@ def decode_samples(
         samples: (n,) SAMPLE.
         file: (bytes,) uint8, the mapped .beton.
         out: (b, R, R, 3) uint8, filled.
+        padded: True where boxes may leave their images; else None, not False, for then numba leaves
+            out what this takes: half a second of compilation, and a copy per image.
 
     Returns:
         The index of an image that could not be decoded, or -1.
     """
-    room = 0
+    room, window_room = 0, 0
     for index in indices:
         sample = samples[index]
         if sample.mode == JPEG:
             room = max(room, 3 * np.int64(sample.height) * np.int64(sample.width))
+        if padded is not None:
+            size = 3 * np.int64(sample.crop_height) * np.int64(sample.crop_width)
+            window_room = max(window_room, size)
     scratch = np.empty(room, np.uint8)
+    window = np.empty(window_room, np.uint8)
     for i in range(len(indices)):
         sample = samples[indices[i]]
         height, width = np.int64(sample.height), np.int64(sample.width)
@@ -207,6 +246,13 @@ def decode_samples(
                 return np.int64(indices[i])
         top, left = np.int64(sample.top), np.int64(sample.left)
         bottom, right = top + sample.crop_height, left + sample.crop_width
+        if padded is not None:
+            if sample.mode == JPEG:
+                _cut(scratch, height, width, top, bottom, left, right, window)
+            else:
+                _cut(stored, height, width, top, bottom, left, right, window)
+            source, height, width = window.ctypes.data, bottom - top, right - left
+            top, bottom, left, right = 0, height, 0, width
         image = out[i]
         ctypes_resize(
             0, source, height, width, top, bottom, left, right,
@@ -215,6 +261,28 @@ def decode_samples(
         if sample.flip:
             _mirror(image)
     return np.int64(-1)
+
+
+@njit(nogil=True)
+def _cut(
+    pixels: np.ndarray, height: int, width: int,
+    top: int, bottom: int, left: int, right: int, window: np.ndarray,
+) -> None:
+    """Copy a box that may leave the image; black outside.
+
+    Args:
+        pixels: (height * width * 3,) uint8, row after row.
+        top, bottom, left, right: the box.
+        window: uint8, its first (bottom - top) * (right - left) * 3 elements are filled.
+    """
+    for place in range(3 * (bottom - top) * (right - left)):
+        window[place] = 0
+    first, last = 3 * max(left, 0), 3 * min(right, width)
+    for row in range(max(top, 0), min(bottom, height)):
+        source = 3 * row * width
+        target = 3 * ((row - top) * (right - left) - left)
+        for place in range(first, last):
+            window[target + place] = pixels[source + place]
 
 
 @njit(nogil=True)

@@ -39,7 +39,8 @@ class Dataset:
 
     Attributes:
         name: the source's name.
-        settings: what the source was asked for, such as the split and the image size in pixels.
+        settings: what the source was asked for, such as the split and the image size in pixels, or
+            a checksum of the files it was made from.
         classes: names; the label is the position.
         mean, std: per channel, over the training part's pixels, black being 0 and white 1.
         files: by file name.

@@ -48,15 +48,17 @@ class Beton:
         batch_size: samples per batch.
         workers: threads that decode; the result doesn't depend on their number.
         device: where the batches go.
+        padding: by how many pixels boxes may leave their image on each side; it is black there.
 
     Attributes:
         dataset: the description: class names, mean and standard deviation.
         images: number of images in the file.
         heights, widths: (images,) sizes in pixels as stored.
+        labels: (images,) int64.
 
     Raises:
         DataError: the file is missing or damaged.
-        ValueError: a number below 1.
+        ValueError: a number is too small.
     """
 
     def __init__(
@@ -67,19 +69,24 @@ class Beton:
         batch_size: int,
         workers: int,
         device: torch.device | str,
+        padding: int = 0,
     ) -> None:
         for name, value in (
             ("resolution", resolution), ("batch size", batch_size), ("workers", workers)
         ):  # fmt: skip
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if padding < 0:
+            raise ValueError(f"padding must be at least 0, got {padding}")
         path = Path(path)
         self.dataset = checked(path)
-        self._samples, self._labels = _tables(path, self.dataset)
-        self.images = len(self._labels)
+        self._samples, self.labels = _tables(path, self.dataset)
+        self.images = len(self.labels)
         self.heights, self.widths = self._samples["height"], self._samples["width"]
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self._loader = _open(path, BoxDecoder(resolution, pool, workers), batch_size)
+        self._padding, self._padded = padding, True if padding else None
+        decoder = BoxDecoder(resolution, pool, workers, self._padded)
+        self._loader = _open(path, decoder, batch_size)
         self._receive = _Receiver(torch.device(device), self.dataset)
         self._compile(resolution)
 
@@ -101,7 +108,7 @@ class Beton:
             seeds: (m,) uint64 for compiled augmentations; None for zeros.
 
         Raises:
-            ValueError: an index is out of range or given twice, or a box leaves its image.
+            ValueError: an index is out of range or given twice, or a box leaves its padded image.
         """
         self._check(indices, boxes)
         # A fresh table each time: a thread still at work on an abandoned epoch keeps its own.
@@ -122,7 +129,7 @@ class Beton:
         position = 0
         try:
             for pixels in epoch:
-                labels = self._labels[indices[position : position + len(pixels)]]
+                labels = self.labels[indices[position : position + len(pixels)]]
                 position += len(pixels)
                 yield self._receive(pixels, labels)
                 self._receive.wait()
@@ -141,9 +148,10 @@ class Beton:
         if np.bincount(indices, minlength=1).max() > 1:
             raise ValueError("an index is given twice")
         top, left, height, width = boxes.T
-        inside = (top >= 0) & (left >= 0) & (height > 0) & (width > 0)
-        inside &= top + height <= self.heights[indices]
-        inside &= left + width <= self.widths[indices]
+        padding = self._padding
+        inside = (top >= -padding) & (left >= -padding) & (height > 0) & (width > 0)
+        inside &= top + height - padding <= self.heights[indices]
+        inside &= left + width - padding <= self.widths[indices]
         if not inside.all():
             at = int(np.flatnonzero(~inside)[0])
             raise ValueError(f"the box {boxes[at].tolist()} leaves image {indices[at]}")
@@ -153,7 +161,7 @@ class Beton:
         with self._loader.memory_manager.schedule_epoch([]) as context:
             nothing = np.empty((0, resolution, resolution, 3), np.uint8)
             none = np.empty(0, np.int64)
-            augment.decode_samples(none, self._samples, context.state[0], nothing)
+            augment.decode_samples(none, self._samples, context.state[0], nothing, self._padded)
 
 
 class TrainData:
@@ -161,6 +169,10 @@ class TrainData:
 
     Everything is a function of (seed, epoch, sample index). The union over ranks of a step's images
     is the same for every world size.
+
+    Unless `label_skew` is given: then each rank has a fixed shard of its own, of equal size and
+    with a class mix of its own (`order.label_shards`), and every epoch is a permutation of it, a
+    function of (seed, epoch, rank).
 
     Args:
         path: train.beton.
@@ -171,6 +183,10 @@ class TrainData:
         resolution: R, the side of the images returned, in pixels.
         scale, ratio: of the random crops, see `augment.random_resized_crop`.
         flip: mirror half of the images.
+        padding: if positive, crops are those of `augment.padded_crop` instead, which shift an image
+            by up to so many pixels as it is stored. The window, of the stored image's size, is then
+            resized to R like any other crop; where the stored image is of that size, not at all.
+        label_skew: if positive, the concentration of the ranks' class mixes; 0 for no skew.
         workers, device: see `Beton`.
 
     Attributes:
@@ -178,7 +194,8 @@ class TrainData:
         images: number of images in the file.
         num_classes: number of classes.
         micro_batches: per step on this rank.
-        steps_per_epoch: whole global batches in an epoch.
+        steps_per_epoch: whole global batches in an epoch, or, which is as many, whole batches in a
+            rank's own shard.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -198,12 +215,15 @@ class TrainData:
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
+        padding: int = 0,
+        label_skew: float = 0.0,
         workers: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
         self._beton = Beton(
-            path, resolution=resolution, batch_size=physical_batch, workers=workers, device=device
-        )
+            path, resolution=resolution, batch_size=physical_batch, workers=workers, device=device,
+            padding=padding,
+        )  # fmt: skip
         self.dataset = self._beton.dataset
         self.images = self._beton.images
         self.num_classes = len(self.dataset.classes)
@@ -211,6 +231,7 @@ class TrainData:
         self._rank, self._world_size = rank, world_size
         self._physical_batch = physical_batch
         self._seed, self._scale, self._ratio, self._flip = seed, scale, ratio, flip
+        self._padding = padding
 
         first = order.shard(order.epoch_order(self.images, seed, 0), **self._shard, steps=1)
         if len(first) % physical_batch:
@@ -219,6 +240,10 @@ class TrainData:
                 f"isn't divisible by the physical batch {physical_batch}"
             )
         self.micro_batches = len(first) // physical_batch
+        self._local_batch, self._own = len(first), None
+        if label_skew:
+            shards = order.label_shards(self._beton.labels, world_size, label_skew, seed)
+            self._own = shards[rank]
         self.steps_per_epoch = self.images // total_batch
 
     def epoch(self, epoch: int, start_step: int = 0, steps: int | None = None) -> Iterator[Batch]:
@@ -232,19 +257,24 @@ class TrainData:
         Raises:
             ValueError: the epoch doesn't have these steps.
         """
-        indices = order.shard(
-            order.epoch_order(self.images, self._seed, epoch),
-            **self._shard,
-            start_step=start_step,
-            steps=steps,
-        )
-        return self._augmented(indices, self._seed, epoch)
+        return self._augmented(self._indices(epoch, start_step, steps), self._seed, epoch)
+
+    def _indices(self, epoch: int, start_step: int, steps: int | None) -> np.ndarray:
+        if self._own is None:
+            whole, place = order.epoch_order(self.images, self._seed, epoch), self._shard
+        else:
+            whole = order.shard_order(self._own, self._rank, self._seed, epoch)
+            place = {"rank": 0, "world_size": 1, "total_batch": self._local_batch}
+        return order.shard(whole, **place, start_step=start_step, steps=steps)
 
     def estimation(self, epoch: int, batches: int) -> Iterator[Batch]:
         """Micro-batches to estimate BatchNorm's statistics on, augmented as for training.
 
         Order, crops and flips come from a stream of their own, so the estimate doesn't reuse the
         epoch's. Where the file has fewer images than asked for, it is gone through again.
+
+        With `label_skew` too the images are drawn from the whole file: the statistics are those of
+        the consensus, which is evaluated on all classes in their natural shares.
 
         Args:
             epoch: from 0.
@@ -274,10 +304,13 @@ class TrainData:
 
     def _augmented(self, indices: np.ndarray, seed: int, epoch: int) -> Iterator[Batch]:
         def boxes(some: np.ndarray) -> np.ndarray:
+            sizes = self._beton.heights[some], self._beton.widths[some]
+            if self._padding:
+                shifts = order.draws(seed, epoch, some, 2, Stream.SHIFT)
+                return augment.padded_crop(shifts, *sizes, self._padding)
             return augment.random_resized_crop(
                 order.draws(seed, epoch, some, augment.CROP_DRAWS, Stream.CROP),
-                self._beton.heights[some],
-                self._beton.widths[some],
+                *sizes,
                 self._scale,
                 self._ratio,
             )
@@ -286,7 +319,8 @@ class TrainData:
         if self._flip:
             flips = augment.flip(order.draws(seed, epoch, indices, 1, Stream.FLIP)[:, 0])
         seeds = order.bits(seed, epoch, indices, 1, Stream.PIXELS)[:, 0]
-        return self._beton.batches(indices, _in_chunks(boxes, indices), flips, seeds)
+        crops = _in_chunks(boxes, indices)
+        return self._beton.batches(indices, crops, flips, seeds)
 
 
 class ValData:

@@ -1,7 +1,8 @@
 """Who reads what: permutations, shards and random draws as pure functions of their arguments.
 
 Nothing here keeps state. The random bits come from Philox and SeedSequence, whose streams NumPy
-guarantees not to change between releases, and from the splitmix64 hash written out below.
+guarantees not to change between releases, from RandomState, whose distributions it froze as well,
+and from the splitmix64 hash written out below.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from enum import IntEnum
 import numpy as np
 
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 divided by the golden ratio
+_TURNS = 100  # in which ranks fill their shards
 
 
 class Stream(IntEnum):
@@ -20,6 +22,9 @@ class Stream(IntEnum):
     FLIP = 2
     PIXELS = 3  # one seed per sample, for augmentations of the decoded image
     ESTIMATION = 4  # BatchNorm's re-estimation: seeds its own order, crops and flips
+    SHIFT = 5  # where a crop of the padded image lies
+    SHARDS = 6  # which images a replica owns, where the replicas' shards are skewed
+    SHARD_ORDER = 7  # in which order it goes through them
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -91,6 +96,115 @@ def shard(
         )
     batches = order[: whole * total_batch].reshape(whole, world_size, total_batch // world_size)
     return batches[start_step:stop, rank].reshape(-1)
+
+
+def label_shards(
+    labels: np.ndarray, world_size: int, concentration: float, seed: int
+) -> np.ndarray:
+    """A shard of the samples for each rank, each with a class mix of its own.
+
+    Shards are disjoint and of equal size s = floor(n / world_size); the fewer than world_size
+    samples left over are in none. Rank r's class mix is q_r ~ Dir(α·p), p being the classes' shares
+    of all samples and α the concentration (Hsu, Qi, Brown 2019, arXiv 1909.06335, section 2). See
+    `label_counts` for how the shards are filled.
+
+    Args:
+        labels: (n,) integers.
+        world_size: number of shards.
+        concentration: α in [1e-6, 1e6]; the smaller, the more skewed.
+        seed: decides the mixes and who gets which sample, at least 0.
+
+    Returns:
+        (world_size, s) int64, each row ascending.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    classes, totals = np.unique(labels, return_counts=True)
+    seeds = bits(seed, 0, np.array([0]), 2, Stream.SHARDS)[0].tolist()
+    counts = label_counts(totals, world_size, concentration, seeds[0])  # (world_size, K)
+    unowned = totals - counts.sum(axis=0)
+    # Each class's samples in random order, class after class, and beside them their owners.
+    shuffled = epoch_order(len(labels), seeds[1], 0)
+    pools = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    owners = np.tile(np.arange(world_size + 1), len(classes))
+    owners = np.repeat(owners, np.vstack([counts, unowned]).T.reshape(-1))
+    return np.stack([np.sort(pools[owners == rank]) for rank in range(world_size)])
+
+
+def label_counts(
+    totals: np.ndarray, world_size: int, concentration: float, seed: int
+) -> np.ndarray:
+    """How many samples of each class each rank's shard has.
+
+    A rank draws classes from its mix, without replacement: an exhausted class leaves the mix, and
+    what is left of it is scaled up. The ranks take turns of a hundredth of a shard, so that no rank
+    is left with only what the others did not draw.
+
+    Args:
+        totals: (K,) samples in each class, at least one.
+        world_size, concentration: as for `label_shards`.
+        seed: at least 0.
+
+    Returns:
+        (world_size, K) int64; rows sum to floor(totals.sum() / world_size), columns to at most
+        `totals`.
+
+    Raises:
+        ValueError: as `label_shards`.
+    """
+    if world_size < 1:
+        raise ValueError(f"the number of shards must be at least 1, got {world_size}")
+    if not 1e-6 <= concentration <= 1e6:
+        raise ValueError(f"the concentration must lie in [1e-6, 1e6], got {concentration}")
+    # RandomState: unlike Generator's, its distributions are frozen by NumPy's policy (NEP 19).
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    n = int(totals.sum())
+    mixes = log_dirichlet(concentration * totals / n, world_size, random)
+    counts = np.zeros((world_size, len(totals)), np.int64)
+    for turn in range(1, _TURNS + 1):
+        for rank in range(world_size):
+            while (short := n // world_size * turn // _TURNS - counts[rank].sum()) > 0:
+                left = totals - counts.sum(axis=0)
+                some = np.flatnonzero(left)
+                share = np.exp(mixes[rank, some] - mixes[rank, some].max())
+                drawn = random.multinomial(short, share / share.sum())
+                counts[rank, some] += np.minimum(drawn, left[some])
+    return counts
+
+
+def log_dirichlet(shape: np.ndarray, count: int, random: np.random.RandomState) -> np.ndarray:
+    """Draws from a Dirichlet distribution as logarithms, which small parameters don't underflow.
+
+    A Dirichlet vector is one of gamma variables, normalised; and with G ~ Γ(a + 1) and U uniform,
+    G·U^(1/a) ~ Γ(a).
+
+    Args:
+        shape: (K,) parameters, positive.
+        count: number of draws.
+        random: where the random numbers come from.
+
+    Returns:
+        (count, K) float64; each row plus some constant is the logarithm of a draw.
+    """
+    size = (count, len(shape))
+    gamma = random.standard_gamma(shape + 1, size)
+    return np.log(gamma) + np.log1p(-random.random_sample(size)) / shape
+
+
+def shard_order(shard: np.ndarray, rank: int, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's permutation of one rank's own shard, a function of (seed, epoch, rank).
+
+    Args:
+        shard: (s,) sample indices.
+        rank: whose.
+        seed, epoch: at least 0.
+
+    Returns:
+        (s,) of shard's dtype.
+    """
+    own = int(bits(seed, epoch, np.array([rank]), 1, Stream.SHARD_ORDER)[0, 0])
+    return shard[epoch_order(len(shard), own, epoch)]
 
 
 def validation_shard(n: int, rank: int, world_size: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data import digits
+from data import cifar10, digits
 from data.dataset import DESCRIPTION, TRAIN, VAL, DataError, Dataset, File, sha256
 from data.ffcv_parts import (
     MIN_PAGE_SIZE,
@@ -55,12 +55,15 @@ class Source:
     """A kind of data that can be written.
 
     Attributes:
-        add_flags: declares the source's own flags; each is recorded in dataset.json as a setting.
+        add_flags: declares the source's own flags, its settings.
         load: from the settings to the content.
+        record: from the settings to what dataset.json records: by default themselves. Two that
+            record the same are the same data.
     """
 
     add_flags: Callable[[argparse.ArgumentParser], None]
     load: Callable[..., Content]
+    record: Callable[..., dict[str, Any]] = dict
 
 
 def _digits_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,18 +75,45 @@ def _digits_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_digits(size: int, split: str) -> Content:
-    train, val = digits.digits(split, size)
-    pixels = train.images / 255
+    return _content(digits.CLASSES, *digits.digits(split, size))
+
+
+def _cifar10_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--folder", type=Path, required=True,
+        help=f"{cifar10.FOLDER}, or the folder that torchvision put it into",
+    )  # fmt: skip
+
+
+def _load_cifar10(folder: Path) -> Content:
+    return _content(*cifar10.cifar10(folder))
+
+
+def _content(
+    classes: list[str], train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]
+) -> Content:
+    """Images (n, H, W, 3) uint8 and labels (n,) of both parts, with statistics of the first."""
+    # From histograms: CIFAR-10's images would take a gigabyte as floating-point numbers.
+    counts = np.zeros((3, 256), np.int64)
+    for image in train[0]:
+        for channel in range(3):
+            counts[channel] += np.bincount(image[..., channel].reshape(-1), minlength=256)
+    shares, levels = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    mean = shares @ levels
+    std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
     return Content(
-        classes=digits.CLASSES,
-        mean=pixels.mean(axis=(0, 1, 2)).round(6).tolist(),
-        std=pixels.std(axis=(0, 1, 2)).round(6).tolist(),
+        classes=classes,
+        mean=mean.round(6).tolist(),
+        std=std.round(6).tolist(),
         train=list(zip(*train, strict=True)),
         val=list(zip(*val, strict=True)),
     )
 
 
-SOURCES = {"digits": Source(_digits_flags, _load_digits)}
+SOURCES = {
+    "digits": Source(_digits_flags, _load_digits),
+    "cifar10": Source(_cifar10_flags, _load_cifar10, cifar10.identity),
+}
 
 
 def write(name: str, settings: dict[str, Any], out: Path, *, force: bool = False) -> bool:
@@ -99,12 +129,15 @@ def write(name: str, settings: dict[str, Any], out: Path, *, force: bool = False
         Whether anything was written.
 
     Raises:
-        DataError: the folder holds another data set, or can't be written.
+        DataError: the folder holds another data set, or can't be written; or the source's own
+            files aren't as they should be.
         ValueError: the source refuses the settings.
     """
-    if not force and _is_there(name, settings, out):
+    source = SOURCES[name]
+    recorded = source.record(**settings)
+    if not force and _is_there(name, recorded, out):
         return False
-    write_content(name, settings, SOURCES[name].load(**settings), out)
+    write_content(name, recorded, source.load(**settings), out)
     return True
 
 

@@ -183,6 +183,8 @@ class Replica:
         self.buffers.scatter(flat.views)
         if ends_round:
             self.report = self._report(headers, waits, self._spread(headers, flat))
+        elif kind is Kind.FINISH and self._landed_report is not None:
+            self.report = self._landed_report
 
     @torch.no_grad()
     def launch(self) -> None:

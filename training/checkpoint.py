@@ -104,7 +104,7 @@ def load(
             f"resume_pth {path}: saved by {manifest['world_size']} replicas, this run has "
             f"{collective.world_size}"
         )
-    for key in ("model", "optimizer", "data", "total_batch_size", "sync"):
+    for key in ("model", "optimizer", "data", "total_batch_size", "sync", "sync_settings"):
         saved, mine = manifest["config"].get(key), config.as_dict()[key]
         if saved != mine:
             raise ConfigError(

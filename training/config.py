@@ -13,7 +13,7 @@ import math
 import socket
 import typing
 from collections.abc import Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,10 @@ class ConfigError(ValueError):
 
 
 def _setting(default: Any, group: str, text: str) -> Any:
-    return field(default=default, metadata={"group": group, "help": text})
+    metadata = {"group": group, "help": text}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,10 @@ class Config:
     data_pth: str = _setting(".localopt/data", "data", "folder of data sets (host file)")
     resolution: int = _setting(32, "data", "training and validation images are this many pixels square")
     crop_scale: tuple[float, float] = _setting((0.08, 1.0), "data", "share of an image's area that a random crop keeps")
+    crop_padding: int = _setting(0, "data", "pad training images with so many black pixels on each side and crop their own size at random, instead of crop_scale; 0: do not")
     flip: bool = _setting(True, "data", "mirror half of the training images")
     val_crop_ratio: float = _setting(0.875, "data", "validation: side of the centre crop over the shorter side")
+    label_skew: float = _setting(0.0, "data", "concentration of the Dirichlet distribution that each replica's own class mix is drawn from, smaller: more skewed; 0: replicas share the data evenly")
     nw: int = _setting(1, "data", "loader workers (threads) per replica")
     seed: int = _setting(0, "data", "seed of order, crops and flips, and of dropout")
 
@@ -79,10 +84,10 @@ class Config:
     h_base: int = _setting(4, "synchronisation", "least local steps per round; constant, post-local: H itself")
     h_max: int = _setting(-1, "synchronisation", "most local steps per round; -1: no cap")
     switch_step: int = _setting(-1, "synchronisation", "post-local, swap: step at which rounds lengthen")
-    sync: Literal["average"] = _setting("average", "synchronisation", "how replicas synchronise")
-    state_fields: tuple[str, ...] = _setting((), "synchronisation", "optimizer-state tensors averaged with the parameters")
+    sync: Literal["average", "hierarchical", "bmuf", "slowmo", "diloco", "easgd", "overlap", "cocod", "lsgd"] = _setting("average", "synchronisation", "how replicas synchronise")
+    sync_settings: dict[str, Any] = _setting({}, "synchronisation", "the rule's own settings, as README lists them; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
     buffers: Literal["keep", "average", "broadcast"] = _setting("keep", "synchronisation", "what a synchronisation does to the model's buffers")
-    track_drift: bool = _setting(False, "synchronisation", "measure how far replicas part before each synchronisation")
+    track_replicas: bool = _setting(False, "synchronisation", "record at each synchronisation how far replicas have parted, and the loss and waiting time of each")
 
     eval_at: Literal["sync", "epoch"] = _setting("sync", "evaluation", "sync: at each epoch's last synchronisation; epoch: at each epoch's end, of the consensus")
     eval_on_start: bool = _setting(False, "evaluation", "evaluate before the first step")
@@ -143,24 +148,12 @@ class Config:
             raise ConfigError("nesterov is true: it needs a positive momentum")
 
     def _check_synchronisation(self) -> None:
-        """What only local optimizers do, and what state each of them has."""
-        if not self.local:
-            for name in ("buffers", "state_fields", "track_drift"):
-                if getattr(self, name) != _FIELDS[name].default:
-                    raise ConfigError(
-                        f"{name} is {getattr(self, name)!r}: optimizer {self.optimizer} averages "
-                        "gradients, and has no such setting"
-                    )
-            return
-        if self.optimizer == "localsgd":
-            known = ("momentum_buffer",) if self.momentum else ()
-        else:
-            known = ("exp_avg", "exp_avg_sq")
-        for name in self.state_fields:
-            if name not in known:
+        """What only local optimizers do."""
+        for name in () if self.local else ("buffers", "track_replicas"):
+            if getattr(self, name) != _FIELDS[name].default:
                 raise ConfigError(
-                    f"state_fields names {name!r}: the state of {self.optimizer} has "
-                    f"{', '.join(known) or 'nothing to average'}"
+                    f"{name} is {getattr(self, name)!r}: optimizer {self.optimizer} averages "
+                    "gradients, and has no such setting"
                 )
 
     def _check_ranges(self) -> None:
@@ -174,6 +167,13 @@ class Config:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ConfigError(f"crop_scale is {[low, high]}: it must be 0 < low <= high <= 1")
+        if self.crop_padding and self.crop_scale != _FIELDS["crop_scale"].default:
+            raise ConfigError(
+                f"crop_scale is {[low, high]}: crop_padding {self.crop_padding} replaces the "
+                "resized crops that it is about; give one of the two"
+            )
+        if 0 < self.label_skew < 1e-6:
+            raise ConfigError(f"label_skew is {self.label_skew}: at least 1e-06, or 0 for none")
         if self.min_lr > self.max_lr:
             raise ConfigError(f"min_lr is {self.min_lr}: it exceeds max_lr, {self.max_lr}")
         for f in fields(self):
@@ -202,13 +202,14 @@ _RANGE = {
     "label_smoothing": (0, 1), "momentum": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "val_crop_ratio": (1e-3, 1),
     "seed": (0, 2**32 - 1), "init_model_by_seed": (-1, 2**32 - 1), "warmup_epochs": (0, 1e6),
     "epochs": (0, 10**6), "nw": (1, 1024), "resolution": (1, 65_535),
+    "crop_padding": (0, 65_535), "label_skew": (0, 1e6),
 }  # fmt: skip
 HOST_KEYS = ("data_pth", "log_pth", "wandb_project", "wandb_entity", "nw")
 # What may differ between ranks without making them train differently.
 PER_HOST = (*HOST_KEYS, "local_rank", "resume_pth")
 
 _FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
-_TYPES: dict[str, Any] = typing.get_type_hints(Config)
+_TYPES: dict[str, Any] = {**typing.get_type_hints(Config), "base": str}
 
 
 def load(argv: Sequence[str]) -> Config:
@@ -229,7 +230,7 @@ def load(argv: Sequence[str]) -> Config:
     if given_host is not None or default_host.exists():
         host = _found(given_host or str(default_host))
         settings |= _read(host, "host file", HOST_KEYS)
-    settings |= _read(recipe, "recipe", tuple(_FIELDS))
+    settings |= _read_recipe(recipe)
     settings |= flags
     return Config(**settings)
 
@@ -251,6 +252,17 @@ class _NoDuplicates(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a recipe, on top of those of its ``base``, a recipe in the same folder."""
+    settings = _read(path, "recipe", ("base", *_FIELDS))
+    base = settings.pop("base", None)
+    if base is None:
+        return settings
+    if path in above:
+        raise ConfigError(f"recipe {path}: base {base!r} leads back to it")
+    return _read_recipe(path.parent / base, (*above, path)) | settings
+
+
 def _read(path: Path, what: str, allowed: Sequence[str]) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _NoDuplicates)
@@ -269,7 +281,7 @@ def _read(path: Path, what: str, allowed: Sequence[str]) -> dict[str, Any]:
         if key not in allowed:
             raise ConfigError(f"{what} {path}: unknown key {key!r}{_nearest(str(key), allowed)}")
         try:
-            settings[key] = _convert(value, _TYPES[key])
+            settings[key] = converted(value, _TYPES[key])
         except ValueError as error:
             raise ConfigError(f"{what} {path}: {key} is {value!r}: {error}") from None
     return settings
@@ -280,7 +292,7 @@ def _nearest(name: str, allowed: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(allowed)}"
 
 
-def _convert(value: Any, kind: Any) -> Any:
+def converted(value: Any, kind: Any) -> Any:
     """``value`` as ``kind``, or ValueError saying what it must be."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
@@ -291,6 +303,8 @@ def _convert(value: Any, kind: Any) -> Any:
         return value
     if origin is tuple:
         return _convert_tuple(value, arguments)
+    if origin is dict:
+        return _convert_settings(value)
     if kind is bool and isinstance(value, str) and value.lower() in _BOOLS:
         return _BOOLS[value.lower()]
     if kind in (int, float) and isinstance(value, str):  # YAML reads 1e-3 as text
@@ -323,7 +337,20 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         raise ValueError("it must be a list")
     if arguments[-1] is not Ellipsis and len(value) != len(arguments):
         raise ValueError(f"it must be a list of {len(arguments)}")
-    return tuple(_convert(v, arguments[0]) for v in value)
+    return tuple(converted(v, arguments[0]) for v in value)
+
+
+def _convert_settings(value: Any) -> dict[str, Any]:
+    """A mapping, or the words NAME=VALUE of a flag, whose values are YAML."""
+    if isinstance(value, list) and all("=" in word for word in value):
+        pairs = [word.partition("=") for word in value]
+        try:
+            return {name: yaml.safe_load(text) for name, _, text in pairs}
+        except yaml.YAMLError:
+            raise ValueError("a value is not valid YAML") from None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("it must be a mapping, as a flag NAME=VALUE …")
+    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -365,7 +392,9 @@ def _add_flag(group: Any, name: str, f: Field[Any]) -> None:
     if origin is tuple:
         count = typing.get_args(kind)
         options["nargs"] = "*" if count[-1] is Ellipsis else len(count)
-    if kind is bool:
+    if origin is dict:
+        options |= {"nargs": "*", "metavar": "NAME=VALUE"}
+    elif kind is bool:
         options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
     elif origin is Literal:
         options["metavar"] = "{" + ",".join(typing.get_args(kind)) + "}"
@@ -382,11 +411,15 @@ def _add_flag(group: Any, name: str, f: Field[Any]) -> None:
         )
 
 
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default is not MISSING else f.default_factory()
+
+
 def _default_text(f: Field[Any]) -> str:
-    default = f.default
+    default = _default(f)
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
-    return f"default {default}" if default != "" else "default none"
+    return f"default {default}" if default not in ("", {}) else "default none"
 
 
 def _parse(argv: Sequence[str]) -> dict[str, Any]:
@@ -403,7 +436,7 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
     for name, value in flags.items():
         if name in _TYPES:
             try:
-                flags[name] = _convert(value, _TYPES[name])
+                flags[name] = converted(value, _TYPES[name])
             except ValueError as error:
                 flag = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{flag} is {value!r}: {error}") from None

@@ -184,6 +184,7 @@ class Engine:
             args=argparse.Namespace(device_rank=next(model.parameters()).device.index or 0),
             dist_init_required=False,
         )
+        self._records_loss = config.local and (config.track_replicas or optimizer.sync.needs_loss)
         if config.local:
             self._engine.enable_backward_allreduce = False
         else:
@@ -203,7 +204,8 @@ class Engine:
 
     def step(self, micro_batches: Iterable[Batch]) -> Measures:
         """One optimizer step on the mean loss of ``micro_batches``; images (B, 3, R, R)."""
-        losses, correct = [], []
+        losses: list[Tensor] = []
+        correct: list[Tensor] = []
         for images, labels in micro_batches:
             logits = self._engine(images).float()  # (B, classes)
             loss = functional.cross_entropy(
@@ -213,6 +215,8 @@ class Engine:
             losses.append(loss.detach())
             correct.append((logits.detach().argmax(1) == labels).sum())
             norm = self._clip()
+            if self._records_loss and self._engine.is_gradient_accumulation_boundary():
+                self.optimizer.record_loss(torch.stack(losses).mean())
             self._engine.step()
         return Measures(torch.stack(losses).mean(), torch.stack(correct).sum(), norm)
 

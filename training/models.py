@@ -64,9 +64,25 @@ class ResNetDigits(nn.Sequential):
         )
 
 
+def _resnet18_cifar(classes: int, resolution: int) -> nn.Module:
+    """ResNet-18 for small images: a 3x3 first convolution of stride 1, and no max pooling.
+
+    Source: He et al. 2015, arXiv 1512.03385, table 1, for the network; the change is the usual one
+    for CIFAR-10, where the first two layers would leave 8 x 8 pixels of 32 x 32.
+    """
+    from torchvision.models import resnet18
+
+    model = resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "simplevit-digits": _simplevit_digits,
     "resnet-digits": lambda classes, resolution: ResNetDigits(classes),
+    "resnet18-cifar": _resnet18_cifar,
 }
 
 

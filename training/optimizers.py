@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -13,8 +15,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from localopt import (
     QSR,
     SWAP,
-    Average,
     Constant,
+    LayoutMismatchError,
     LocalOptimizer,
     Period,
     PostLocal,
@@ -24,8 +26,9 @@ from localopt import (
 )
 from localopt.buffers import Buffers
 from localopt.collective import Collective
+from localopt.sync import RULES
 
-from .config import Config
+from .config import Config, ConfigError, converted
 from .lr import Schedule
 
 
@@ -34,14 +37,19 @@ def build(config: Config, model: nn.Module, schedule: Schedule) -> LocalOptimize
     inner = _inner(config, model)
     if not config.local:
         return DataParallel(inner, model)
-    return LocalOptimizer(
-        inner,
-        period(config, schedule),
-        RULES[config.sync](config),
-        model=model,
-        buffers=config.buffers,
-        track_drift=config.track_drift,
-    )
+    try:
+        return LocalOptimizer(
+            inner,
+            period(config, schedule),
+            rule(config),
+            model=model,
+            buffers=config.buffers,
+            track_drift=config.track_replicas,
+        )
+    except LayoutMismatchError:
+        raise
+    except ValueError as error:  # what a rule can only know with the number of replicas
+        raise ConfigError(f"sync {config.sync}: {error}") from None
 
 
 def _inner(config: Config, model: nn.Module) -> Optimizer:
@@ -75,9 +83,57 @@ def period(config: Config, schedule: Schedule) -> Period:
     return Constant(config.h_base, **common)
 
 
-RULES: dict[str, Callable[[Config], Rule]] = {
-    "average": lambda config: Average(state_fields=config.state_fields),
-}
+def rule(config: Config) -> Rule:
+    """The rule of ``config``.
+
+    Raises:
+        ConfigError: if it has no such setting, or does not take its value.
+    """
+    make = RULES[config.sync]
+    known = inspect.signature(make).parameters
+    kinds = get_type_hints(make.__init__ if isinstance(make, type) else make)
+    settings = {}
+    for name, value in config.sync_settings.items():
+        if name not in known:
+            raise ConfigError(
+                f"sync_settings has {name!r}: sync {config.sync} has "
+                f"{', '.join(known) or 'no settings'}"
+            )
+        try:
+            settings[name] = _fitting(value, kinds[name])
+        except ValueError as error:
+            raise ConfigError(f"sync_settings: {name} is {value!r}: {error}") from None
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in settings]
+    if missing:
+        raise ConfigError(f"sync_settings: sync {config.sync} needs {' and '.join(missing)}")
+    _check_state_fields(config, settings)
+    try:
+        return make(**settings)
+    except ValueError as error:
+        raise ConfigError(f"sync_settings {config.sync_settings}: {error}") from None
+
+
+def _fitting(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``: one of those that settings of rules have; ValueError if it is none."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # X | None
+        return None if value is None else _fitting(value, arguments[0])
+    return converted(value, tuple[arguments[0], ...] if origin is Sequence else kind)
+
+
+def _check_state_fields(config: Config, settings: dict[str, Any]) -> None:
+    """Refuse names that the inner optimizer's state will not have."""
+    if config.optimizer == "localsgd":
+        known = ("momentum_buffer",) if config.momentum else ()
+    else:
+        known = ("exp_avg", "exp_avg_sq")
+    for key in ("state_fields", "reset_fields"):
+        for name in settings.get(key, ()):
+            if name not in known:
+                raise ConfigError(
+                    f"sync_settings: {key} names {name!r}: the state of {config.optimizer} has "
+                    f"{', '.join(known) or 'nothing to average'}"
+                )
 
 
 class DataParallel:
@@ -87,12 +143,13 @@ class DataParallel:
 
     Attributes:
         inner: the torch optimizer.
-        synced, h, round, traffic, drift: as for `LocalOptimizer`.
+        synced, h, round, traffic, drift, report: as for `LocalOptimizer`.
     """
 
     synced = True
     h = 1
     drift = None
+    report = None
 
     def __init__(self, inner: Optimizer, model: nn.Module) -> None:
         self.inner = inner

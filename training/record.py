@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -76,17 +77,29 @@ class Wandb:
 
     def write(self, record: dict[str, Any]) -> None:
         kind, step = record["kind"], record["step"]
-        values = {f"{kind}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
+        values = {f"{kind}/{k}": v for k, v in _by_rank(record) if k not in ("kind", "step")}
         self._run.log(values, step=step)
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
 
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` with None for the numbers that JSON does not have."""
-    odd = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
-    return record | odd
+def _by_rank(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The items of ``record``, a list as an item per rank: a curve each."""
+    for key, value in record.items():
+        if isinstance(value, list):
+            yield from ((f"{key}/rank {rank}", item) for rank, item in enumerate(value))
+        else:
+            yield key, value
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with None for the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_folder(config: Config, collective: Collective) -> Path:
@@ -167,6 +180,8 @@ class Recorder:
         self.evaluation: Evaluation | None = None
         self.evaluated_at: int | None = None
         self._exposed_before = optimizer.traffic.exposed
+        self._hidden_before = optimizer.traffic.hidden
+        self._reported = optimizer.report
         self._sinks: list[Sink] = []
         if place.rank == 0:
             self._sinks.append(JsonLines(folder / "metrics.jsonl"))
@@ -187,8 +202,21 @@ class Recorder:
         """A step is finished."""
         self._pending.append(measures)
         self._bar.update()
+        self._synchronised(step)
         if step % self.config.log_freq == 0 or step == self.total_steps:
             self._flush(step, lr)
+
+    def _synchronised(self, step: int) -> None:
+        """Where asked for, what the replicas told each other at the last synchronisation.
+
+        What was exchanged behind training is known a round late: ``begun_at`` is its own step.
+        """
+        report = self.optimizer.report if self.config.track_replicas else None
+        if report is None or report is self._reported:
+            return
+        self._reported = report
+        told = vars(report) | {"step": step, "begun_at": report.step}
+        self._write({"kind": "sync", "epoch": report.step / self.steps_per_epoch, **told})
 
     def _flush(self, step: int, lr: float) -> None:
         loss = float(torch.stack([m.loss for m in self._pending]).mean())  # host sync
@@ -241,6 +269,7 @@ class Recorder:
 
     def finished(self) -> None:
         """The run is over: summary.json and the table."""
+        self._synchronised(self.total_steps)
         seconds = time.perf_counter() - self._started - self._paused
         steps = self.total_steps - self.start_step
         traffic, evaluation = self.optimizer.traffic, self.evaluation
@@ -283,6 +312,7 @@ class Recorder:
             "syncs": traffic.syncs,
             "bytes": traffic.bytes,
             "blocked_seconds": traffic.exposed - self._exposed_before,
+            "hidden_seconds": traffic.hidden - self._hidden_before,
             "seconds": time.perf_counter() - self._started,
         }
 
@@ -302,11 +332,12 @@ def _table(summary: dict[str, Any], folder: Path, config: Config) -> str:
     replicas = "1 replica" if summary["replicas"] == 1 else f"{summary['replicas']} replicas"
     rows = {
         "run": f"{config.model} on {config.data}, {config.optimizer}, {replicas}",
-        "test accuracy (averaged model)": accuracy,
+        "test accuracy (consensus)": accuracy,
         "steps": f"{summary['step']:,}",
         "synchronisations": f"{summary['syncs']:,} ({summary['share']:.1%} of the steps)",
         "sent per replica": f"{summary['bytes'] / 1e6:,.1f} MB",
         "blocked": f"{summary['blocked_seconds']:.1f} s of {summary['train_seconds']:.1f} s",
+        **({"hidden": f"{hidden:.1f} s"} if (hidden := summary["hidden_seconds"]) >= 0.05 else {}),
         "speed": f"{summary['images_per_second']:,.0f} images/s",
         "run folder": str(folder),
     }

@@ -53,6 +53,8 @@ def assembled(config: Config) -> Iterator[Run]:
         AbsentRankError: if one does not arrive.
     """
     deepspeed = engine.deepspeed_settings(config, accumulation=1)
+    if config.local:
+        optimizers.rule(config)  # a wrong setting should not wait for the other replicas
     place = engine.start(config)
     collective = Collective()
     _compare(config, deepspeed, collective)
@@ -184,6 +186,8 @@ def _open_data(
         seed=config.seed,
         scale=config.crop_scale,
         flip=config.flip,
+        padding=config.crop_padding,
+        label_skew=config.label_skew,
         **common,
     )
     val_data = ValData(

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 import localopt.sync
 from localopt import (
@@ -93,8 +94,13 @@ def local_optimizer(
 ) -> LocalOptimizer:
     settings = oracle.INNERS[inner][1]
     optimizer = getattr(torch.optim, inner)(model.parameters(), lr=LRS[0], **settings)
-    rule = oracle.CASES[name][index].rule(RULES[name])
+    rule = new_rule(name, index)
     return LocalOptimizer(optimizer, period, rule, model=model, **options)
+
+
+def new_rule(name: str, index: int) -> Rule:
+    m = dist.get_world_size() if dist.is_initialized() else 1
+    return oracle.CASES[name][index].rule(RULES[name], m)
 
 
 def local_step(
@@ -106,7 +112,7 @@ def local_step(
     gradient = torch.as_tensor(problem.a[rank]).to(vector) @ error
     model.set_gradient(gradient)
     optimizer.param_groups[0]["lr"] = LRS[step]
-    optimizer.record_loss(0.5 * error @ gradient)
+    optimizer.record_loss(0.5 * error @ gradient + problem.noise[step % len(problem.noise), rank])
     optimizer.step()
 
 
@@ -114,6 +120,11 @@ def everything(optimizer: LocalOptimizer, model: nn.Module) -> list[Tensor]:
     """Copies of all parameters, buffers and optimizer state, in a fixed order."""
     state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
     return [t.detach().clone() for t in (*model.parameters(), *model.buffers(), *state)]
+
+
+def evaluate(optimizer: LocalOptimizer) -> None:
+    with optimizer.consensus():
+        pass
 
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -143,8 +154,11 @@ def follow(rank: int, m: int, name: str, problem: oracle.Quadratics) -> dict:
     for (index, inner), period, dtype in itertools.product(cases(name), PERIODS, TOLERANCE):
         model = Model(dtype)
         model.set_vector(torch.as_tensor(problem.x0) + rank)  # rank 0's must win
-        optimizer = local_optimizer(name, index, inner, model, PERIODS[period][0])
-        xs, consensus, ends, hs = [], [], [], []
+        double = dtype == torch.float64
+        optimizer = local_optimizer(
+            name, index, inner, model, PERIODS[period][0], track_drift=double
+        )
+        xs, consensus, ends, hs, drifts = [], [], [], [], []
         for step in range(len(LRS)):
             fresh = optimizer.synced
             local_step(optimizer, model, problem, rank, step)
@@ -153,7 +167,8 @@ def follow(rank: int, m: int, name: str, problem: oracle.Quadratics) -> dict:
             xs.append(model.vector().double().numpy().copy())
             if optimizer.synced:
                 ends.append(step + 1)
-            if dtype == torch.float64 and step % 4 == 1:
+                drifts.append(optimizer.drift)
+            if double and step % 4 == 1:
                 before = everything(optimizer, model)
                 with optimizer.consensus():
                     consensus.append(model.vector().numpy().copy())
@@ -166,6 +181,7 @@ def follow(rank: int, m: int, name: str, problem: oracle.Quadratics) -> dict:
             "consensus": np.array(consensus),
             "ends": ends,
             "hs": hs,
+            "drifts": drifts,
             "finished": model.vector().double().numpy().copy(),
         }
     return seen
@@ -177,33 +193,65 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, wha
     assert np.all(error <= tolerance), f"{what}: relative error {error.max():.2e} > {tolerance}"
 
 
-@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize("m", [0, 1, 2, 4])
 @every_rule
 def test_matches_its_oracle(name: str, m: int) -> None:
     """"Matches its oracle … on heterogeneous quadratics over ≥ 8 rounds …: 1e-12 relative in the
-    norm with float64 parameters, 1e-5 with float32; every rank compared; NaN fails". Where
-    replicas agree after a round, they do bitwise; after finish() all do."""
-    problem = oracle.Quadratics.make(m, SIZE, seed=m)
-    ranks = run(follow, m, name, problem, timeout=100)
+    norm with float64 parameters, 1e-5 with float32; every rank compared; NaN fails". Replicas that
+    should be equal after a round are so bitwise; after finish() all are.
+
+    0: one replica, without torch.distributed.
+    """
+    problem = oracle.Quadratics.make(m or 1, SIZE, seed=m)
+    ranks = run(follow, m, name, problem, timeout=100) if m else [follow(0, 1, name, problem)]
     for (index, inner), period, dtype in itertools.product(cases(name), PERIODS, TOLERANCE):
-        case, tolerance = oracle.CASES[name][index], TOLERANCE[dtype]
+        case = oracle.CASES[name][index]
         expected = oracle.simulate(case, inner, PERIODS[period][1], problem, LRS)
         assert len(expected.ends) >= 8 and expected.ends[-1] < len(LRS), "finish() in mid-round"
-        first = ranks[0][index, inner, period, dtype]
-        for rank, everything_seen in enumerate(ranks):
-            seen = everything_seen[index, inner, period, dtype]
-            what = f"case {index} {inner} {period} {dtype} rank {rank}"
-            assert (seen["ends"], seen["hs"]) == (expected.ends, expected.hs), what
-            assert_close(seen["x"], expected.x[:, rank], tolerance, what)
-            assert_close(seen["finished"], expected.finished, tolerance, f"{what} finished")
-            assert np.array_equal(seen["finished"], first["finished"]), what
-            assert np.array_equal(seen["consensus"], first["consensus"]), what
-            if RULES[name].replicas_agree:
-                ends = np.array(expected.ends) - 1
-                assert np.array_equal(seen["x"][ends], first["x"][ends]), what
-            if dtype == torch.float64:
-                wanted = expected.consensus[1::4]
-                assert_close(seen["consensus"], wanted, tolerance, f"{what} consensus")
+        seen = [everything_seen[index, inner, period, dtype] for everything_seen in ranks]
+        what = f"case {index} {inner} {period} {dtype}"
+        compare(seen, expected, TOLERANCE[dtype], what)
+        if dtype == torch.float64:
+            drifts = np.array(expected.drifts)[: len(expected.ends) - case.delay]
+            for rank, of_rank in enumerate(seen):
+                consensus = expected.consensus[1::4]
+                assert_close(of_rank["consensus"], consensus, TOLERANCE[dtype], what)
+                assert of_rank["drifts"][: case.delay] == [None] * case.delay, what
+                arrived = np.array(of_rank["drifts"][case.delay :])
+                assert np.allclose(arrived, drifts[:, rank], rtol=1e-8, atol=1e-6), what
+
+
+def compare(
+    ranks: list[dict[str, Any]], expected: oracle.Trajectory, tolerance: float, what: str
+) -> None:
+    """What every rank saw, with its oracle; and bits between the ranks."""
+    for rank, seen in enumerate(ranks):
+        where = f"{what} rank {rank}"
+        assert (seen["ends"], seen["hs"]) == (expected.ends, expected.hs), where
+        assert_close(seen["x"], expected.x[:, rank], tolerance, where)
+        assert_close(seen["finished"], expected.finished, tolerance, f"{where} finished")
+        assert np.array_equal(seen["finished"], ranks[0]["finished"]), where
+        assert np.array_equal(seen["consensus"], ranks[0]["consensus"]), where
+    for end in expected.ends:
+        for i, j in expected.agreeing(end):
+            same = np.array_equal(ranks[i]["x"][end - 1], ranks[j]["x"][end - 1])
+            assert same, f"{what}: ranks {i} and {j} differ after {end} steps"
+
+
+def test_oracles_show_what_they_should() -> None:
+    """A leader that never changes, replicas that never differ: nothing would be compared."""
+    for m in (2, 4):
+        problem = oracle.Quadratics.make(m, SIZE, seed=m)
+        for case, (_, period) in itertools.product(oracle.CASES["LSGD"], PERIODS.values()):
+            run_ = oracle.simulate(case, case.inners[0], period, problem, LRS)
+            rule = run_.rule
+            assert isinstance(rule, oracle.Leader)
+            assert len({*rule.lowest}) > 1, f"one leader throughout: {rule.lowest}"
+            assert rule.lowest != rule.lowest_last, "by the last loss as well as by the mean"
+        for name, cases_ in oracle.CASES.items():
+            for case in cases_:
+                run_ = oracle.simulate(case, case.inners[0], PERIODS["qsr"][1], problem, LRS)
+                assert max(np.max(run_.drifts, axis=0)) > 0.1, name
 
 
 # 2. No collective inside a round.
@@ -212,49 +260,53 @@ def test_matches_its_oracle(name: str, m: int) -> None:
 def count_collectives(rank: int, m: int, name: str) -> list[dict[str, list[int]]]:
     """Collectives launched by each step, consensus and finish, at two levels.
 
-    The process group's sequence number counts whatever is launched, by any way and thread; the
-    functions of torch.distributed are wrapped to name it.
+    The sequence numbers of the process groups count whatever is launched, by any way and thread;
+    the functions of torch.distributed are wrapped to name it.
     """
     called: list[str] = []
     for function in dir(dist):
         original = getattr(dist, function)
         if inspect.isfunction(original) and not function.startswith(("is_", "get_", "_")):
             setattr(dist, function, counting(original, called))
-    group = dist.group.WORLD
 
     def launched(action: Any) -> int:
         called.clear()
-        before = group._get_sequence_number_for_group()
+        groups = list(distributed_c10d._world.pg_map)
+        before = [group._get_sequence_number_for_group() for group in groups]
         action()
-        number = group._get_sequence_number_for_group() - before
+        assert list(distributed_c10d._world.pg_map) == groups, "groups are made at construction"
+        after = [group._get_sequence_number_for_group() for group in groups]
+        number = sum(after) - sum(before)
         assert len(called) == number, called
         return number
 
-    assert launched(lambda: dist.all_reduce(torch.ones(1))) == 1, "the counters are blind"
-    return [count_case(rank, name, index, inner, launched) for index, inner in cases(name)]
+    ones = torch.ones(1)
+    assert launched(lambda: dist.all_reduce(ones)) == 1, "the counters are blind"
+    later = []
+    assert launched(lambda: later.append(dist.all_reduce(ones, async_op=True))) == 1
+    assert launched(later[0].wait) == 0, "counted where it is launched"
+    return [count_case(rank, m, name, index, inner, launched) for index, inner in cases(name)]
 
 
 def count_case(
-    rank: int, name: str, index: int, inner: str, launched: Callable[[Any], int]
+    rank: int, m: int, name: str, index: int, inner: str, launched: Callable[[Any], int]
 ) -> dict[str, list[int]]:
+    problem = oracle.Quadratics.make(m, SIZE)
     model = Model(torch.float32)
-    model.weights.append(nn.Parameter(torch.ones(3, dtype=torch.float64)))  # a second type
+    extra = nn.Parameter(torch.ones(3, dtype=torch.float64))  # a second type
+    model.register_parameter("extra", extra)
     optimizer = local_optimizer(name, index, inner, model, Constant(3))
     counts: dict[str, list[int]] = {"step": [], "mid": [], "boundary": [], "finish": []}
-
-    def evaluate() -> None:
-        with optimizer.consensus():
-            pass
-
-    for step in range(12):
-        for p in model.parameters():
-            p.grad = torch.full_like(p, rank + 1.0)
-        optimizer.record_loss(torch.tensor(float(rank)))
-        counts["step"].append(launched(optimizer.step))
+    for step in range(18):
+        extra.grad = torch.full_like(extra, rank + 1.0)
+        counts["step"].append(
+            launched(lambda step=step: local_step(optimizer, model, problem, rank, step))
+        )
         if step >= 6:  # the first two rounds show that nothing else happens
-            counts["boundary" if optimizer.synced else "mid"].append(launched(evaluate))
+            place = "boundary" if optimizer.synced else "mid"
+            counts[place].append(launched(lambda: evaluate(optimizer)))
     counts["finish"].append(launched(optimizer.finish))
-    optimizer.step()
+    local_step(optimizer, model, problem, rank, 18)
     counts["finish"].append(launched(optimizer.finish))
     return counts
 
@@ -267,20 +319,30 @@ def counting(function: Any, called: list[str]) -> Any:
     return wrapped
 
 
+@pytest.mark.parametrize("m", [2, 4])
 @every_rule
-def test_no_collective_inside_a_round(name: str) -> None:
-    """"Zero collectives inside a round, counted"; one per type and synchronisation, and 0 at a
-    boundary, 1 in mid-round, for consensus()."""
+def test_no_collective_inside_a_round(name: str, m: int) -> None:
+    """"Zero collectives inside a round, counted"; one per type and synchronisation, and for
+    consensus() where replicas differ, unless the rule's case says otherwise."""
     dtypes = 2
-    for rank_counts in run(count_collectives, 2, name):
+    problem = oracle.Quadratics.make(m, SIZE)
+
+    def number(launches: tuple[int, int]) -> int:
+        return launches[0] + launches[1] * dtypes
+
+    for rank_counts in run(count_collectives, m, name):
         for (index, inner), counts in zip(cases(name), rank_counts, strict=True):
             case = oracle.CASES[name][index]
-            at_boundary = 0 if RULES[name].replicas_agree else dtypes
+            expected = oracle.simulate(case, inner, oracle.constant_h(3), problem, LRS[:18])
+            launches = case.launches_for(m)
+            syncs = itertools.islice(itertools.cycle(launches.syncs), 6)
+            agree = [len(expected.agreeing(end)) == m * (m - 1) // 2 for end in (9, 12, 15, 18)]
+            consensus = number(launches.consensus)
             assert counts == {
-                "step": [0, 0, case.collectives * dtypes] * 4,
-                "mid": [dtypes] * 4,
-                "boundary": [at_boundary] * 2,
-                "finish": [case.finish_collectives * dtypes] * 2,
+                "step": [n for sync in syncs for n in (0, 0, number(sync))],
+                "mid": [consensus] * 8,
+                "boundary": [number(launches.agreeing) if a else consensus for a in agree],
+                "finish": [number(launches.finish)] * 2,
             }, (index, inner)
 
 
@@ -293,9 +355,19 @@ def resume_anywhere(rank: int, m: int, name: str) -> int:
     period = QSR(alpha=0.16, base=3)
     steps, tried = 20, 0
     for index, inner in cases(name):
-        saved, final, last = [], [], None
-        model = Model()
-        optimizer = local_optimizer(name, index, inner, model, period, track_drift=True)
+
+        def new(seed: int, case: tuple = (index, inner)) -> tuple[Model, LocalOptimizer]:
+            model = Model(seed=seed)
+            return model, local_optimizer(name, *case, model, period, track_drift=True)
+
+        def end(model: Model, optimizer: LocalOptimizer) -> list[Any]:
+            """All there is after the last step, and after finish()."""
+            last = [everything(optimizer, model), figures(optimizer)]
+            optimizer.finish()
+            return [*last, everything(optimizer, model), figures(optimizer), optimizer.drift]
+
+        model, optimizer = new(0)
+        saved = []
         for step in range(steps):
             local_step(optimizer, model, problem, rank, step)
             if optimizer.round < 3 or optimizer.synced:
@@ -303,30 +375,115 @@ def resume_anywhere(rank: int, m: int, name: str) -> int:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(state, file)
                 saved.append((step + 1, file))
-        final, last = everything(optimizer, model), optimizer
-        assert last.round >= 4 and not last.synced
+        assert optimizer.round >= 4 and not optimizer.synced
+        final = end(model, optimizer)
+
+        model, optimizer = new(0)
+        for step in range(steps):
+            local_step(optimizer, model, problem, rank, step)
+        assert same(final, end(model, optimizer)), f"case {index}: saving has changed the run"
+
         for start, file in saved:
             file.seek(0)
             state = torch.load(file, weights_only=True)
-            model = Model(seed=7)
-            optimizer = local_optimizer(name, index, inner, model, period, track_drift=True)
+            model, optimizer = new(7)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             for step in range(start, steps):
                 local_step(optimizer, model, problem, rank, step)
-            assert same_bits(final, everything(optimizer, model)), f"resumed at step {start}"
-            for key in ("round", "h", "synced", "drift"):
-                assert getattr(optimizer, key) == getattr(last, key), (key, start)
-            for key in ("syncs", "bytes"):
-                assert getattr(optimizer.traffic, key) == getattr(last.traffic, key), (key, start)
+            assert same(final, end(model, optimizer)), f"case {index}: resumed at step {start}"
             tried += 1
     return tried
 
 
+def figures(optimizer: LocalOptimizer) -> list[Any]:
+    traffic = optimizer.traffic
+    return [optimizer.round, optimizer.h, optimizer.synced, traffic.syncs, traffic.bytes]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return same_bits(a[0], b[0]) and same_bits(a[2], b[2]) and (a[1], a[3:]) == (b[1], b[3:])
+
+
 @every_rule
 def test_resume_at_any_step(name: str) -> None:
-    """"Save at any step (mid-round, collective in flight) and resume ≡ uninterrupted, bitwise"."""
+    """"Save at any step (mid-round, collective in flight) and resume ≡ uninterrupted, bitwise";
+    and a run that was never saved is the same, though saving waits for what is in flight."""
     assert min(run(resume_anywhere, 2, name, timeout=100)) >= 9 * len(cases(name))
+
+
+# The run goes on: after finish(), with parameters that come later, and with one rule.
+
+
+def go_on(rank: int, m: int, name: str, problem: oracle.Quadratics) -> dict:
+    seen = {}
+    for index, inner in cases(name):
+        model = Model()
+        model.set_vector(torch.as_tensor(problem.x0))
+        optimizer = local_optimizer(name, index, inner, model, Constant(6))
+        later: list[nn.Parameter] = []
+        xs, ends, hs, finished = [], [], [], []
+        for step in range(len(LRS)):
+            if step in LATER:
+                assert optimizer.synced
+                later.append(nn.Parameter(torch.full((3,), 1.0 + rank, dtype=LATER[step])))
+                # No gradient moves it, and no decay: only an anchor that is not its own would.
+                optimizer.add_param_group({"params": [later[-1]], "weight_decay": 0.0})
+            if optimizer.synced:
+                hs.append(6)
+            for p in later:
+                p.grad = torch.zeros_like(p)
+            local_step(optimizer, model, problem, rank, step)
+            xs.append(model.vector().numpy().copy())
+            if optimizer.synced:
+                ends.append(step + 1)
+            if step + 1 in FINISHES:
+                optimizer.finish()
+                assert optimizer.synced
+                finished.append(model.vector().numpy().copy())
+            for p in later:
+                assert torch.allclose(p, torch.ones_like(p), rtol=1e-6), (step, p)
+        optimizer.finish()
+        finished.append(model.vector().numpy().copy())
+        seen[index, inner] = {
+            "x": np.stack(xs),
+            "consensus": np.zeros(0),
+            "ends": ends,
+            "hs": hs,
+            "finished": np.stack(finished),
+        }
+    return seen
+
+
+FINISHES = (8, 20)  # in mid-round, and at its end
+LATER = {14: torch.float64, 32: torch.float32}
+
+
+@every_rule
+def test_goes_on_after_finish_and_add_param_group(name: str) -> None:
+    """After finish() training goes on from equal replicas. "add_param_group only at a boundary":
+    what the rule keeps of the others survives it, and theirs is the same trajectory."""
+    m = 2
+    problem = oracle.Quadratics.make(m, SIZE, seed=5)
+    ranks = run(go_on, m, name, problem)
+    for index, inner in cases(name):
+        case, period = oracle.CASES[name][index], oracle.constant_h(6)
+        expected = oracle.simulate(case, inner, period, problem, LRS, FINISHES)
+        assert set(LATER) < {*expected.ends}
+        seen = [everything_seen[index, inner] for everything_seen in ranks]
+        compare(seen, expected, 1e-12, f"case {index} {inner}")
+        if len(expected.agreeing(20)) == 1:  # they were equal: finish() has nothing to change
+            assert np.array_equal(seen[0]["finished"][1], seen[0]["x"][19])
+
+
+@every_rule
+def test_a_rule_has_one_optimizer(name: str) -> None:
+    """"A rule belongs to one optimizer": a second one would mix their anchors."""
+    for index, inner in cases(name):
+        optimizer = local_optimizer(name, index, inner, Model(), Constant(2))
+        parameters = Model().parameters()
+        with pytest.raises(ValueError, match="already belongs to an optimizer"):
+            LocalOptimizer(torch.optim.SGD(parameters, 0.1), Constant(2), optimizer.sync)
 
 
 # 6. Parameters of every kind.
@@ -368,7 +525,7 @@ def odd_case(rank: int, name: str, index: int, inner: str) -> None:
             p.grad = None
             if p.requires_grad and not (p is model.unused and rank == 0):
                 p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
-        optimizer.record_loss(torch.tensor(1.0 + rank))
+        optimizer.record_loss(torch.tensor(2.0 - rank))  # rank 1 leads
         optimizer.step()
     optimizer.finish()
     for p, stride in zip(model.parameters(), strides, strict=True):
@@ -393,55 +550,74 @@ def test_parameters_of_every_kind(name: str) -> None:
 # 7, 8. Replicas that do not fit.
 
 
-BATCHES = [(7, 8), (6, 9), (9, 8)]  # of rank 0 and rank 1, in rounds of 3
+BATCHES = [(7, 8), (6, 9), (9, 8), (13, 8)]  # of rank 0 and the others, in rounds of 3
 NON_FINITE = [float("nan"), float("inf"), -float("inf")]
 
 
-def one_batch_short(rank: int, m: int, name: str) -> list[str]:
-    messages = []
+def one_batch_short(rank: int, m: int, name: str) -> list[tuple[str, int]]:
+    seen = []
     problem = oracle.Quadratics.make(m, SIZE)
     for (index, inner), batches in itertools.product(cases(name), BATCHES):
         model = Model()
         optimizer = local_optimizer(name, index, inner, model, Constant(3))
+        done = 0
         with pytest.raises(ReplicaMismatchError) as caught:
-            for step in range(batches[rank]):
+            for step in range(batches[min(rank, 1)]):
+                done = step + 1
                 local_step(optimizer, model, problem, rank, step)
             optimizer.finish()
-        messages.append(str(caught.value))
-    return messages
+        seen.append((str(caught.value), done))
+    return seen
 
 
+@pytest.mark.parametrize("m", [2, 4])
 @every_rule
-def test_unequal_numbers_of_batches(name: str) -> None:
-    """"Replicas that disagree on step or H are detected at the next boundary and named"."""
-    messages, others = run(one_batch_short, 2, name)
-    assert messages == others
-    for message in messages:
-        assert "rank 0 at step" in message and "rank 1 at step" in message
-        assert "(finish)" in message
+def test_unequal_numbers_of_batches(name: str, m: int) -> None:
+    """"Replicas that disagree on step or H are detected at the next boundary and named";
+    "overlapped rules detect one round late"."""
+    ranks = run(one_batch_short, m, name)
+    tried = list(itertools.product(cases(name), BATCHES))
+    for seen in zip(tried, *ranks, strict=True):
+        ((index, _), batches), *of_ranks = seen
+        messages = {message for message, _ in of_ranks}
+        assert len(messages) == 1, messages
+        message = messages.pop()
+        assert "rank 0 at step" in message and "(finish)" in message
+        assert ("rank 1 at step" if m == 2 else "ranks 1, 2, 3 at step") in message
+        if batches == (13, 8):
+            late = 3 * oracle.CASES[name][index].delay
+            assert [step for _, step in of_ranks] == [9 + late] + [8] * (m - 1)
 
 
-def one_goes_bad(rank: int, m: int, name: str) -> list[str]:
-    messages = []
+def one_goes_bad(rank: int, m: int, name: str) -> list[tuple[str, int]]:
+    seen = []
     problem = oracle.Quadratics.make(m, SIZE)
     for (index, inner), value in itertools.product(cases(name), NON_FINITE):
         model = Model(torch.float32)
         optimizer = local_optimizer(name, index, inner, model, Constant(2))
+        done = 0
         with pytest.raises(NonFiniteError) as caught:
             for step in range(8):
                 if step == 2 and rank == 1:
                     with torch.no_grad():
                         model.weights[2][1, 3] = value
+                done = step + 1
                 local_step(optimizer, model, problem, rank, step)
-        messages.append(str(caught.value))
-    return messages
+        seen.append((str(caught.value), done))
+    return seen
 
 
+@pytest.mark.parametrize("m", [2, 4])
 @every_rule
-def test_non_finite_replica_is_named(name: str) -> None:
-    """"Non-finite parameters are detected at the boundary and named"."""
-    messages, others = run(one_goes_bad, 2, name)
-    assert messages == others
-    for message in messages:
+def test_non_finite_replica_is_named(name: str, m: int) -> None:
+    """"Non-finite parameters are detected at the boundary and named"; one round late where the
+    rule overlaps."""
+    ranks = run(one_goes_bad, m, name)
+    tried = list(itertools.product(cases(name), NON_FINITE))
+    for seen in zip(tried, *ranks, strict=True):
+        ((index, _), _), *of_ranks = seen
+        assert len(set(of_ranks)) == 1, of_ranks
+        message, step = of_ranks[0]
+        assert step == 4 + 2 * oracle.CASES[name][index].delay
         assert message.startswith("rank 1 brought NaN or infinity")
         assert "weights.2" in message

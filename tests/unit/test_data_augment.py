@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from data.augment import ATTEMPTS, CROP_DRAWS, center_crop, flip, random_resized_crop
+from data.augment import (
+    ATTEMPTS,
+    CROP_DRAWS,
+    center_crop,
+    flip,
+    padded_crop,
+    random_resized_crop,
+)
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -64,6 +71,24 @@ def test_whole_image_when_scale_and_ratio_leave_no_choice():
     side = np.full(5, 32)
     boxes = random_resized_crop(np.random.rand(5, CROP_DRAWS), side, side, (1, 1), (1, 1))
     assert (boxes == [0, 0, 32, 32]).all()
+
+
+def test_padded_crops_have_the_images_size_and_every_shift_equally_often():
+    draws = np.random.default_rng(0).random((90_000, 2))
+    heights, widths = np.full(90_000, 32, np.uint16), np.full(90_000, 48, np.uint16)
+    top, left, h, w = padded_crop(draws, heights, widths, 4).T
+    assert (h == 32).all() and (w == 48).all()
+    for shift in (top, left):
+        assert (shift.min(), shift.max()) == (-4, 4)
+        assert np.abs(np.bincount(shift + 4) / 10_000 - 1).max() < 0.05
+
+
+def test_padded_crops_stay_in_the_padding_at_the_extreme_draws():
+    size = np.array([32, 32])
+    draws = np.array([[0.0, 0.0], [np.nextafter(1, 0)] * 2])
+    for padding in (1, 4, 65_535):
+        shifts = padded_crop(draws, size, size, padding)[:, :2]
+        assert shifts.tolist() == [[-padding, -padding], [padding, padding]]
 
 
 def test_center_crop_is_ffcvs():

@@ -216,6 +216,150 @@ def test_flip_false_never_flips(raw):
     assert 10 < sum(mirrored) < 38
 
 
+def padded(image, box):
+    """The box's pixels in an image that black surrounds, by NumPy: (height, width, 3) uint8."""
+    top, left, height, width = box
+    margin = 60
+    black = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
+    return black[top + margin :][:height, left + margin :][:, :width]
+
+
+def test_padded_crops_picture_by_picture(raw, samples):
+    """Resized to no size but their own, so every pixel can be told: shifts, black and flips."""
+    beton = Beton(
+        raw / "train.beton", resolution=SIDE, batch_size=7, workers=2, device="cpu", padding=25
+    )
+    rng = np.random.default_rng(0)
+    indices = rng.permutation(TRAIN)
+    tops = [rng.integers(-25, samples["train"][i][0].shape[0] + 25 - SIDE + 1) for i in indices]
+    lefts = [rng.integers(-25, samples["train"][i][0].shape[1] + 25 - SIDE + 1) for i in indices]
+    boxes = np.stack([tops, lefts, *[np.full(TRAIN, SIDE)] * 2], axis=1)
+    flips = rng.random(TRAIN) < 0.5
+    images, _ = collected(beton.batches(indices, boxes, flips))
+    for image, index, box, mirrored in zip(
+        pixels(beton, images), indices, boxes, flips, strict=True
+    ):
+        expected = padded(samples["train"][index][0], box)
+        assert (image == (expected[:, ::-1] if mirrored else expected)).all()
+
+
+@pytest.fixture(scope="session")
+def squares(samples, tmp_path_factory):
+    """Both .beton files with images of one size, as CIFAR's are."""
+    resized = {part: [(cv2.resize(x, (32, 32)), y) for x, y in samples[part]] for part in samples}
+    return resized, write_pictures(resized, tmp_path_factory.mktemp("squares"), "raw")
+
+
+def test_crop_padding_is_torchvisions_random_crop(squares):
+    """At the stored size: pad with zeros, cut the drawn window, then mirror."""
+    samples, folder = squares
+    data = train_data(folder, resolution=32, padding=4)
+    indices = order.epoch_order(TRAIN, 3, 2)[:48]
+    draws = order.draws(3, 2, indices, 2, order.Stream.SHIFT)
+    mirrored = order.draws(3, 2, indices, 1, order.Stream.FLIP)[:, 0] < 0.5
+    found, labels = collected(data.epoch(2))
+    assert labels.tolist() == [samples["train"][i][1] for i in indices]
+    for image, index, draw, mirror in zip(
+        pixels(data, found), indices, draws, mirrored, strict=True
+    ):
+        canvas = np.zeros((40, 40, 3), np.uint8)
+        canvas[4:36, 4:36] = samples["train"][index][0]
+        row, column = (int(9 * x) for x in draw)
+        expected = canvas[row : row + 32, column : column + 32]
+        assert (image == (expected[:, ::-1] if mirror else expected)).all()
+
+
+def test_a_padded_window_is_resized_like_any_other_crop(folder, samples):
+    data = train_data(folder, padding=9, flip=False)
+    indices = order.epoch_order(TRAIN, 3, 0)[:48]
+    shifts = order.draws(3, 0, indices, 2, order.Stream.SHIFT)
+    found, _ = collected(data.epoch(0))
+    for image, index, shift in zip(pixels(data, found), indices, shifts, strict=True):
+        stored = samples["train"][index][0]
+        top, left = (int(19 * x) - 9 for x in shift)
+        window = padded(stored, (top, left, *stored.shape[:2]))
+        expected = cv2.resize(window, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        error = np.abs(image.astype(int) - expected)
+        if folder.name.startswith("raw"):
+            assert error.max() <= 1  # another release of OpenCV may round differently
+        else:
+            assert error.mean() < 6  # what JPEG loses
+
+
+def test_a_shift_beyond_the_image_is_black(raw):
+    beton = Beton(
+        raw / "train.beton", resolution=SIDE, batch_size=7, workers=1, device="cpu", padding=100
+    )
+    boxes = np.array([[-99, 0, 30, 30], [0, 90, 30, 30], [95, -95, 30, 30]])
+    images, _ = collected(beton.batches(np.arange(3), boxes))
+    assert (pixels(beton, images) == 0).all()
+
+
+def test_estimation_is_padded_as_training_is(squares):
+    _, folder = squares
+    plain = collected(train_data(folder, padding=4).estimation(1, 12))
+    assert same(plain, collected(train_data(folder, padding=4).estimation(1, 12)))
+    assert not same(plain, collected(train_data(folder).estimation(1, 12)))
+    black = -torch.tensor([0.2, 0.4, 0.6]) / torch.tensor([0.3, 0.2, 0.1])
+    corners = plain[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]]  # (48, 3, 4)
+    assert torch.isclose(corners, black[:, None]).all(dim=1).any(dim=1).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_padding_does_not_depend_on_workers_or_world_size(folder, padding):
+    expected = collected(train_data(folder, padding=padding).epoch(2))
+    assert same(collected(train_data(folder, padding=padding, workers=5).epoch(2)), expected)
+    assert same(
+        collected(train_data(folder, padding=padding).epoch(2, start_step=3)),
+        [x[36:] for x in expected],
+    )
+
+
+def owned(folder, rank, **changed):
+    """Three ranks with shards of 16 images and batches of 4."""
+    settings = {"world_size": 3, "label_skew": 0.6, "flip": False, "scale": (1, 1), "ratio": (1, 1)}
+    return train_data(folder, rank=rank, **(settings | changed))
+
+
+def test_each_rank_goes_through_its_own_shard(squares):
+    samples, folder = squares
+    labels = np.array([label for _, label in samples["train"]])
+    shards = order.label_shards(labels, 3, 0.6, seed=3)
+    resized = [cv2.resize(x, (SIDE, SIDE), interpolation=cv2.INTER_AREA).tobytes()
+               for x, _ in samples["train"]]  # fmt: skip
+    for rank, shard in enumerate(shards):
+        data = owned(folder, rank)
+        assert (data.images, data.steps_per_epoch, data.micro_batches) == (50, 4, 1)
+        for epoch in range(3):
+            images, found = collected(data.epoch(epoch))
+            seen = order.shard_order(shard, rank, 3, epoch)
+            assert sorted(seen) == sorted(shard)
+            assert found.tolist() == labels[seen].tolist()
+            assert [x.tobytes() for x in pixels(data, images)] == [resized[i] for i in seen]
+
+
+def test_an_own_epoch_resumes_where_it_stopped(folder):
+    data = owned(folder, 1, flip=True, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
+    whole = collected(data.epoch(2))
+    assert same(collected(data.epoch(2, start_step=1)), [x[4:] for x in whole])
+    assert same(collected(data.epoch(2, start_step=1, steps=2)), [x[4:12] for x in whole])
+    assert list(data.epoch(2, start_step=4)) == []
+    with pytest.raises(ValueError, match="5 do not lie in an epoch of 4 steps"):
+        data.epoch(2, steps=5)
+
+
+def test_estimation_draws_from_all_images_whatever_the_shards(raw):
+    for rank in range(3):
+        plain = owned(raw, rank, label_skew=0.0).estimation(1, 12)
+        assert same(collected(owned(raw, rank).estimation(1, 12)), collected(plain))
+
+
+def test_one_rank_owns_all_images(folder):
+    data = train_data(folder, total_batch=10, physical_batch=5, label_skew=0.1)
+    _, labels = collected(data.epoch(0))
+    assert sorted(labels.tolist()) == sorted(i % 5 for i in range(TRAIN))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_validation_sees_every_image_once(folder, world_size):
     parts = [val_data(folder, rank=r, world_size=world_size) for r in range(world_size)]
@@ -347,6 +491,10 @@ def test_numpys_random_state_is_left_alone(raw):
         ({"workers": 0}, "workers"),
         ({"resolution": 0}, "resolution"),
         ({"physical_batch": 0}, "batch size"),
+        ({"padding": -1}, "padding.*-1"),
+        ({"total_batch": 51, "physical_batch": 1, "world_size": 3, "label_skew": 1.0}, "51.*50"),
+        ({"label_skew": -1.0}, "concentration.*-1"),
+        ({"rank": 3, "world_size": 3, "label_skew": 1.0}, "rank 3"),
     ],
 )
 def test_what_does_not_fit_together_is_named(raw, changed, named):

@@ -1,9 +1,21 @@
 """data.order: who reads what is a pure function of its arguments."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from data.order import bits, draws, epoch_order, shard, validation_shard
+from data.order import (
+    bits,
+    draws,
+    epoch_order,
+    label_counts,
+    label_shards,
+    log_dirichlet,
+    shard,
+    shard_order,
+    validation_shard,
+)
 
 
 def test_epoch_order_is_a_permutation_of_seed_and_epoch():
@@ -100,5 +112,109 @@ def test_negative_arguments_are_refused(arguments):
         epoch_order(*arguments)
 
 
+def spread(counts):
+    """How skewed shards are: their class mixes' mean total variation from that of all samples."""
+    mixes = counts / counts.sum(axis=1, keepdims=True)
+    return 0.5 * np.abs(mixes - counts.sum(axis=0) / counts.sum()).sum(axis=1).mean()
+
+
+@pytest.mark.parametrize("concentration", [1e-6, 0.01, 0.6, 30.0, 1e6])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_skewed_shards_are_disjoint_and_of_equal_size(world_size, concentration):
+    labels = (np.arange(605) % 11) ** 2 // 20  # six classes of different sizes
+    shards = label_shards(labels, world_size, concentration, seed=5)
+    assert shards.dtype == np.int64 and shards.shape == (world_size, 605 // world_size)
+    assert len(np.unique(shards)) == shards.size
+    assert shards.min() >= 0 and shards.max() < 605
+    assert (np.diff(shards, axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("concentration", [0.01, 0.6, 30.0])
+def test_a_shard_has_the_classes_that_were_counted(concentration):
+    labels = np.array([9, 4, 4, 2, 4, 9, 2, 4] * 40)
+    totals = np.array([80, 160, 80])
+    seeds = bits(3, 0, np.array([0]), 2, 6)[0].tolist()
+    counts = label_counts(totals, 4, concentration, seeds[0])
+    assert (counts.sum(axis=1) == 80).all() and (counts.sum(axis=0) == totals).all()
+    for row, own in zip(counts, label_shards(labels, 4, concentration, seed=3), strict=True):
+        assert [(labels[own] == name).sum() for name in (2, 4, 9)] == row.tolist()
+
+
+def test_shards_are_more_skewed_at_smaller_concentrations():
+    totals = np.full(10, 500)
+    found = [
+        np.mean([spread(label_counts(totals, 8, concentration, seed)) for seed in range(20)])
+        for concentration in (0.05, 0.6, 6, 60, 1e6)
+    ]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 0.7 and found[-1] < 0.05
+
+
+def test_no_rank_is_left_with_what_the_others_did_not_draw():
+    totals = np.full(10, 500)
+    counts = np.stack([label_counts(totals, 8, 6.0, seed) for seed in range(200)])
+    mixes = np.abs(counts / 625 - 0.1).sum(axis=2).mean(axis=0)  # by rank
+    assert mixes.max() / mixes.min() < 1.2
+
+
+def test_samples_of_a_class_are_shared_out_at_random():
+    labels = np.zeros(4000, int)
+    places = label_shards(labels, 4, 1.0, seed=0).mean(axis=1)
+    assert np.abs(places - 2000).max() < 150
+
+
+def test_log_dirichlet_has_the_distributions_moments():
+    shape = np.array([0.2, 0.5, 2.0, 0.3])
+    logs = log_dirichlet(shape, 100_000, np.random.RandomState(0))
+    draws = np.exp(logs - logs.max(axis=1, keepdims=True))
+    draws /= draws.sum(axis=1, keepdims=True)
+    p = shape / shape.sum()
+    assert np.abs(draws.mean(axis=0) - p).max() < 0.005
+    assert np.abs(draws.var(axis=0) - p * (1 - p) / (shape.sum() + 1)).max() < 0.005
+
+
+def test_log_dirichlet_survives_parameters_that_underflow():
+    logs = log_dirichlet(np.full(10, 1e-9), 3000, np.random.RandomState(0))
+    assert np.isfinite(logs).all()
+    largest = np.bincount(logs.argmax(axis=1), minlength=10)  # each class as often as the others
+    assert largest.min() > 200
+    ordered = np.sort(logs, axis=1)
+    assert ((ordered[:, -1] - ordered[:, -2]) > 50).mean() > 0.99
+
+
+def test_skewed_shards_never_change():
+    """Recorded values: a change would make old runs impossible to repeat or resume."""
+    labels = np.arange(1000) % 10
+    shards = label_shards(labels, 8, 0.6, seed=1)
+    assert label_counts(np.full(3, 40), 4, 0.6, seed=1).tolist() == COUNTS
+    assert hashlib.sha256(shards.astype("<i8").tobytes()).hexdigest() == SHARDS
+    assert shard_order(shards[2], 2, 1, 0)[:6].tolist() == OWN
+    assert (shards == label_shards(labels, 8, 0.6, seed=1)).all()
+    assert (shards != label_shards(labels, 8, 0.6, seed=2)).any()
+
+
+def test_an_own_epoch_is_a_permutation_of_seed_epoch_and_rank():
+    own = np.arange(3, 903, 3)
+    first = shard_order(own, 2, 7, 5)
+    assert (np.sort(first) == own).all()
+    assert (first == shard_order(own, 2, 7, 5)).all()
+    for other in ((1, 7, 5), (2, 8, 5), (2, 7, 6)):
+        assert (first != shard_order(own, *other)).mean() > 0.9
+
+
+@pytest.mark.parametrize("concentration", [0.0, -1.0, 1e-7, 1e7, float("nan"), float("inf")])
+def test_a_concentration_out_of_range_is_refused(concentration):
+    with pytest.raises(ValueError, match=r"concentration.*got"):
+        label_shards(np.arange(10), 2, concentration, seed=0)
+
+
+def test_shards_for_nobody_are_refused():
+    with pytest.raises(ValueError, match=r"shards.*got 0"):
+        label_shards(np.arange(10), 0, 1.0, seed=0)
+
+
 ORDER = [7, 1, 3, 0, 4, 2, 6, 5]
 BITS = [[1830130602068100773, 6342056128980281955], [5188883459514840386, 4121653721653380497]]
+COUNTS = [[13, 7, 10], [3, 18, 9], [12, 6, 12], [12, 9, 9]]
+SHARDS = "3d2289780c7d73a697d21d760e92e42bbca891014d26a8ea979509430ba7e1b6"
+OWN = [5, 365, 375, 185, 708, 348]

@@ -30,6 +30,21 @@ def test_building_a_model_leaves_the_random_state_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_resnet18_for_cifar_is_the_usual_variant() -> None:
+    model = models.build("resnet18-cifar", classes=10, resolution=32, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962
+    sizes = {}
+    for name in ("conv1", "maxpool", "layer1", "layer4"):
+        getattr(model, name).register_forward_hook(
+            lambda module, inputs, output, name=name: sizes.update({name: tuple(output.shape[1:])})
+        )
+    model(torch.zeros(1, 3, 32, 32))
+    assert sizes["conv1"] == sizes["maxpool"] == sizes["layer1"] == (64, 32, 32)
+    assert sizes["layer4"] == (512, 4, 4)
+    # All convolutions are initialised alike, the replaced one too: sqrt(2 / fan-out).
+    assert float(model.conv1.weight.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
+
+
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'resnet-digit'.*'resnet-digits'"):
         models.build("resnet-digit", classes=2, resolution=32, seed=0)

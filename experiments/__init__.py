@@ -1,0 +1,1 @@
+"""Small studies that run on one machine; each writes CSV to results/ and prints its table."""

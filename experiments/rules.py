@@ -1,0 +1,143 @@
+"""Every synchronisation rule on the digits, at the same number of synchronisations.
+
+    python -m experiments.rules --seeds 0 1 2 3 4 --replicas 2 4
+
+Each run is a process of its own (torchrun main.py). Its row goes to results/rules.csv; rows that
+are there are not run again. Prints means with 95 % confidence intervals (Student's t).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.statistics import mean_and_interval
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results" / "rules.csv"
+
+# Name in the table -> recipe, and flags on top of it.
+RULES: dict[str, tuple[str, list[str]]] = {
+    "data-parallel SGD": ("sgd", []),
+    "Average": ("localsgd-qsr", ["--period", "constant", "--h-base", "4"]),
+    "Average, QSR": ("localsgd-qsr", []),
+    "HierarchicalAverage": ("hierarchical", []),
+    "BMUF": ("bmuf", []),
+    "SlowMo": ("slowmo", []),
+    "DiLoCo": ("diloco", []),
+    "EASGD": ("easgd", []),
+    "OverlapLocalSGD": ("overlap", []),
+    "CoCoDSGD": ("cocod", []),
+    "LSGD": ("lsgd", []),
+}
+COLUMNS = (
+    "rule", "replicas", "seed", "top1", "loss", "steps", "syncs", "bytes", "exposed", "hidden",
+    "seconds", "commit",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--replicas", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    wanted = [
+        (rule, m, seed)
+        for seed in options.seeds
+        for m in options.replicas
+        for rule in options.rules
+    ]
+    done = {(row["rule"], int(row["replicas"]), int(row["seed"])) for row in read(options.out)}
+    for run in tqdm([run for run in wanted if run not in done], unit="run"):
+        append(options.out, measure(*run))
+    print(table(read(options.out)))
+
+
+def measure(rule: str, replicas: int, seed: int) -> dict[str, object]:
+    """Train once; the row of the result."""
+    recipe, flags = RULES[rule]
+    with tempfile.TemporaryDirectory() as logs:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(replicas), "main.py",
+            "--recipe-pth", f"recipe/digits-resnet-{recipe}.yml", *flags,
+            "--seed", str(seed), "--init-model-by-seed", str(seed),
+            "--physical-batch-size", str(32 // replicas), "--log-pth", logs,
+        ]  # fmt: skip
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if ended.returncode:
+            raise SystemExit(f"{rule}, {replicas} replicas, seed {seed}:\n{ended.stderr}")
+        (folder,) = Path(logs).iterdir()
+        summary = json.loads((folder / "summary.json").read_text())
+        environment = json.loads((folder / "environment.json").read_text())
+    return {
+        "rule": rule,
+        "replicas": replicas,
+        "seed": seed,
+        "top1": summary["top1"],
+        "loss": summary["loss"],
+        "steps": summary["step"],
+        "syncs": summary["syncs"],
+        "bytes": summary["bytes"],
+        "exposed": summary["blocked_seconds"],
+        "hidden": summary["hidden_seconds"],
+        "seconds": summary["train_seconds"],
+        "commit": environment["commit"],
+    }
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows so far."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict[str, object]) -> None:
+    """Add one row."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Means over the seeds, as Markdown."""
+    lines = [
+        "| rule | replicas | seeds | test accuracy | synchronisations | sent per replica | exposed | hidden |",  # noqa: E501
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for replicas in sorted({int(row["replicas"]) for row in rows}):
+        for rule in RULES:
+            mine = [r for r in rows if r["rule"] == rule and int(r["replicas"]) == replicas]
+            if mine:
+                lines.append(_line(rule, replicas, mine))
+    return "\n".join(lines)
+
+
+def _line(rule: str, replicas: int, rows: list[dict[str, str]]) -> str:
+    def mean(column: str) -> float:
+        return sum(float(row[column]) for row in rows) / len(rows)
+
+    accuracy, interval = mean_and_interval([100 * float(row["top1"]) for row in rows])
+    return (
+        f"| {rule} | {replicas} | {len(rows)} | {accuracy:.2f} ± {interval:.2f} % | "
+        f"{mean('syncs'):,.0f} of {mean('steps'):,.0f} | {mean('bytes') / 1e6:,.0f} MB | "
+        f"{mean('exposed'):.1f} s | {mean('hidden'):.1f} s |"
+    )
+
+
+if __name__ == "__main__":
+    main()
