@@ -423,6 +423,10 @@ class _MappedFile(OSCacheManager):
         self.ptrs = self.sizes = None
         self.context = OSCacheContext(self)
 
+    def compile_reader(self) -> None:
+        """BoxDecoder reads for itself. FFCV's reader marks numba's one type of byte arrays as
+        read-only on the way, and nothing compiled afterwards could write to such an array."""
+
 
 class _Receiver:
     """Takes pixels out of FFCV's memory and normalises them on the device."""

@@ -106,6 +106,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def append(path: Path, row: dict[str, object]) -> None:
     """Add one row."""
     new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:

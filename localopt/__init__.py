@@ -5,6 +5,7 @@ any period goes with any rule around any torch optimizer.
 """
 
 from .collective import Traffic
+from .compat import CommOptimizer, DistOptimizer
 from .control import AbsentRankError, LayoutMismatchError
 from .header import NonFiniteError, ReplicaMismatchError, SyncError
 from .optimizer import LocalAdamW, LocalOptimizer, LocalSGD
@@ -34,8 +35,10 @@ __all__ = [
     "Average",
     "BlockMomentum",
     "CoCoDSGD",
+    "CommOptimizer",
     "Constant",
     "DiLoCo",
+    "DistOptimizer",
     "HierarchicalAverage",
     "LayoutMismatchError",
     "LocalAdamW",
