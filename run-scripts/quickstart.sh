@@ -14,25 +14,27 @@ settings=(--recipe-pth recipe/digits-vit-localadamw-qsr.yml "$@")
 
 if grep -qvE '^(#|(localhost|127\.0\.0\.1)([[:space:]]|$)|[[:space:]]*$)' hostfile; then
     echo "quickstart.sh: hostfile lists other hosts, this script is for one; where ssh reaches" \
-        "them, run: .venv/bin/deepspeed --hostfile hostfile main.py" >&2
+        "them, run: .venv/bin/deepspeed --hostfile hostfile main.py $*" >&2
     exit 2
 fi
 
 run-scripts/setup.sh
 
-# Where main.py will look for data. Asking also finds a wrong flag now, not later once per rank. The
-# answer comes through descriptor 3, since --help writes to standard output; then there is none.
+# Where main.py will look for its data set. Asking also finds a wrong flag now, not later once per
+# rank. The answer comes through descriptor 3, since --help writes to standard output; then there is
+# none.
 ask='
 import os, sys
 from training.config import ConfigError, absolute, load
 try:
-    os.write(3, os.fsencode(absolute(load(sys.argv[1:]).data_pth)))
+    config = load(sys.argv[1:])
+    os.write(3, os.fsencode(absolute(config.data_pth) / config.data))
 except ConfigError as problem:
     print(f"quickstart.sh: {problem}", file=sys.stderr)
     sys.exit(2)'
 data=$("$python" -c "$ask" "${settings[@]}" 3>&1 >&2) || exit
 [[ -n $data ]] || exit 0
-"$python" -m data.write digits --out "$data/digits"
+[[ $data != */digits ]] || "$python" -m data.write digits --out "$data"
 
 # DeepSpeed's launcher starts one process per slot. The shipped two slots are right for up to three
 # GPUs (on one, both replicas share it); a hostfile that was edited is left alone. More are used in

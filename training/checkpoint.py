@@ -26,6 +26,11 @@ from .optimizers import DataParallel
 MANIFEST = "manifest.json"
 FORMAT = 1
 
+# Settings without which the saved states would mean something else.
+_FITTING = (
+    "model", "optimizer", "data", "total_batch_size", "label_skew", "sync", "sync_settings",
+)  # fmt: skip
+
 
 def save(
     folder: Path,
@@ -104,7 +109,7 @@ def load(
             f"resume_pth {path}: saved by {manifest['world_size']} replicas, this run has "
             f"{collective.world_size}"
         )
-    for key in ("model", "optimizer", "data", "total_batch_size", "sync", "sync_settings"):
+    for key in _FITTING:
         saved, mine = manifest["config"].get(key), config.as_dict()[key]
         if saved != mine:
             raise ConfigError(

@@ -63,7 +63,7 @@ class Config:
 
     optimizer: Literal["sgd", "adamw", "localsgd", "localadamw"] = _setting("localadamw", "optimizer", "sgd and adamw: data-parallel")
     max_lr: float = _setting(1e-3, "optimizer", "peak learning rate")
-    min_lr: float = _setting(1e-6, "optimizer", "rate at the start of the warm-up and at the end")
+    min_lr: float = _setting(1e-6, "optimizer", "rate at the start of the warm-up, and where cosine, linear and cosine-step end")
     momentum: float = _setting(0.9, "optimizer", "SGD momentum")
     nesterov: bool = _setting(False, "optimizer", "Nesterov momentum for SGD")
     wd: float = _setting(0.05, "optimizer", "weight decay")
@@ -342,7 +342,7 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _convert_settings(value: Any) -> dict[str, Any]:
     """A mapping, or the words NAME=VALUE of a flag, whose values are YAML."""
-    if isinstance(value, list) and all("=" in word for word in value):
+    if isinstance(value, list) and all(isinstance(w, str) and "=" in w for w in value):
         pairs = [word.partition("=") for word in value]
         try:
             return {name: yaml.safe_load(text) for name, _, text in pairs}

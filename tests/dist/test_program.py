@@ -7,14 +7,18 @@ import math
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.unit.test_data_cifar10 import make_folder
+from training.config import load
+
 from .program import ROOT, start
 
-RECIPES = sorted((ROOT / "recipe").glob("*.yml"))
+RECIPES = sorted((ROOT / "recipe").glob("digits-*.yml"))
 SHORT = ("--epochs", "2", "--steps-per-epoch", "6", "--warmup-epochs", "0", "--log-freq", "1")
 
 
@@ -48,10 +52,24 @@ def test_a_recipe_trains_evaluates_and_leaves_a_folder(flags, recipe: Path) -> N
     evaluations = [r for r in records if r["kind"] == "val"]
     assert evaluations[-1]["step"] == 12
     assert all(r["images"] == 359 for r in evaluations)
-    local = "local" in recipe.stem
+    local = load(["--recipe-pth", str(recipe)]).local
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["syncs"] == (3 if local else 12)  # rounds of h_base = 4
     assert summary["bytes"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["overlap", "overlap-skewed", "sgd"])
+def test_the_cifar_10_recipes_train_on_torchvisions_folder(tmp_path: Path, recipe: str) -> None:
+    folder = make_folder(tmp_path)
+    command = [sys.executable, "-m", "data.write", "cifar10", "--folder", str(folder)]
+    subprocess.run([*command, "--out", str(tmp_path / "data/cifar10")], check=True, cwd=ROOT)
+    outcome = start(
+        "--recipe-pth", f"recipe/cifar10-resnet18-{recipe}.yml", "--data-pth",
+        str(tmp_path / "data"), "--log-pth", str(tmp_path / "runs"), "--total-batch-size", "8",
+        "--physical-batch-size", "4", "--epochs", "1", "--steps-per-epoch", "3", "--bn-batches", "2",
+    )  # fmt: skip
+    assert outcome.codes == [0, 0], outcome.errors
+    assert outcome.records[-1]["syncs"] == (3 if recipe == "sgd" else 2), "H = 2, and the last step"
 
 
 def test_the_averaged_model_is_evaluated_at_each_epochs_last_synchronisation(flags) -> None:
@@ -113,10 +131,19 @@ def _weights(folder: Path, rank: int, step: int = 12) -> dict[str, list]:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["digits-vit-localadamw-qsr", "digits-resnet-localsgd-qsr", "digits-resnet-sgd"]
+    "recipe",
+    [
+        "digits-vit-localadamw-qsr",
+        "digits-resnet-localsgd-qsr",
+        "digits-resnet-sgd",
+        "digits-resnet-overlap",
+        "digits-resnet-lsgd",
+        "digits-resnet-slowmo",
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str) -> None:
-    """Saved in the middle of a round: replicas, momenta and data positions are each their own."""
+    """Saved in the middle of a round: replicas, momenta and data positions are each their own;
+    with Overlap-Local-SGD a collective is in flight."""
     given = (
         "--recipe-pth",
         f"recipe/{recipe}.yml",
@@ -125,6 +152,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str) 
         "constant",
         "--h-base",
         "4",
+        *(() if recipe.endswith("-sgd") else ("--track-replicas",)),
     )
     whole = start(*given, "--save-freq", "1")
     assert whole.codes == [0, 0], whole.errors
@@ -132,12 +160,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str) 
     assert resumed.codes == [0, 0], resumed.errors
     for rank in (0, 1):
         assert _weights(whole.folder, rank) == _weights(resumed.folder, rank)
-    if "local" in recipe:
+    if not recipe.endswith("-sgd"):
         halfway = [_weights(whole.folder, rank, 6) for rank in (0, 1)]
         assert halfway[0] != halfway[1]
     timed = (
         "seconds",
         "blocked_seconds",
+        "hidden_seconds",
+        "waits",
         "train_seconds",
         "images_per_second",
         "wait",
@@ -149,6 +179,55 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str) 
             for key in timed:
                 record.pop(key, None)
         assert told == expected
+
+
+def test_replicas_are_recorded_at_each_synchronisation(flags) -> None:
+    """Where asked: drift, every replica's mean loss of the round, and what it waited."""
+    rounds = ("--period", "constant", "--h-base", "4", "--track-replicas")
+    for sync, learned_at in (("average", [4, 8, 12]), ("cocod", [8, 12, 12])):
+        records = start(*flags, *rounds, "--sync", sync).records
+        told = [r for r in records if r["kind"] == "sync"]
+        assert [r["begun_at"] for r in told] == [4, 8, 12]
+        assert [r["step"] for r in told] == learned_at, "behind training: a round late"
+        losses = [r["loss"] for r in records if r["kind"] == "train"]
+        for record in told:
+            first, second = record["losses"]
+            mine = losses[record["begun_at"] - 4 : record["begun_at"]]
+            assert first == pytest.approx(sum(mine) / 4, rel=1e-6) and first != second
+            assert record["drift"] > 0 and min(record["waits"]) == 0.0
+    assert not [r for r in start(*flags).records if r["kind"] == "sync"]
+
+
+def test_the_centre_is_evaluated_and_saved_where_replicas_never_agree(flags) -> None:
+    """EASGD's replicas are apart when a round ends; after the run all hold what was evaluated."""
+    given = (*flags, "--period", "constant", "--h-base", "3", "--sync", "easgd")
+    outcome = start(*given, "--save-freq", "1")
+    assert _weights(outcome.folder, 0, 6) != _weights(outcome.folder, 1, 6)
+    assert _weights(outcome.folder, 0) == _weights(outcome.folder, 1)
+    again = start(*given, "--resume-pth", str(outcome.folder / "checkpoints/step-00000012"))
+    evaluated = [o.records[-2] for o in (outcome, again)]
+    assert [r["kind"] for r in evaluated] == ["val", "val"]
+    assert evaluated[0]["loss"] == evaluated[1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["--sync", "easgd", "--sync-settings", "aplha=0.1"], ["'aplha'", "alpha, beta, pull"]),
+        (["--sync", "easgd", "--sync-settings", "alpha=0.9"], ["beta 1.8", "less than 2"]),
+        (
+            ["--sync", "hierarchical", "--sync-settings", "group_size=3", "global_every=2"],
+            ["group_size is 3", "2 replicas"],
+        ),
+    ],
+    ids=["unknown", "unstable for two", "does not divide"],
+)
+def test_a_rule_that_cannot_be_is_refused_on_every_rank(flags, given, parts) -> None:
+    outcome = start(*flags, *given)
+    assert all(code != 0 for code in outcome.codes)
+    for rank in (0, 1):
+        (complaint,) = outcome.complaints(rank)
+        assert all(part in complaint for part in parts), complaint
 
 
 def test_the_result_does_not_depend_on_the_number_of_loader_workers(flags) -> None:

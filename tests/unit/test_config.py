@@ -60,9 +60,9 @@ def test_this_hosts_file_is_found_by_name(recipe, tmp_path: Path, monkeypatch) -
 def test_flags_have_dashes_or_underscores_and_booleans_are_forgiving(recipe) -> None:
     path = recipe(bn="yes", flip=False)
     given = ["--recipe_pth", path, "--total_batch_size", "8", "--nesterov", "--no-bn"]
-    loaded = load([*given, "--track-drift", "1", "--wandb-tags", "a", "b", "--local_rank=1"])
+    loaded = load([*given, "--track-replicas", "1", "--wandb-tags", "a", "b", "--local_rank=1"])
     assert (loaded.total_batch_size, loaded.nesterov, loaded.bn) == (8, True, False)
-    assert (loaded.track_drift, loaded.wandb_tags, loaded.local_rank) == (True, ("a", "b"), 1)
+    assert (loaded.track_replicas, loaded.wandb_tags, loaded.local_rank) == (True, ("a", "b"), 1)
     assert load(["--recipe-pth", path]).bn is True
 
 
@@ -87,6 +87,9 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
         ({"crop_scale": 0.5}, ["crop_scale", "a list"]),
         ({"optimizer": "locladamw"}, ["optimizer", "'locladamw'", "'localadamw'"]),
         ({"data": 3}, ["data", "3", "text"]),
+        ({"sync": "esgd"}, ["sync", "'esgd'", "'easgd'"]),
+        ({"sync_settings": [0.5]}, ["sync_settings", "mapping"]),
+        ({"base": 4}, ["base", "4", "text"]),
     ],
 )
 def test_a_wrong_key_or_type_in_a_recipe_is_named(recipe, settings, parts) -> None:
@@ -103,6 +106,8 @@ def test_a_wrong_key_or_type_in_a_recipe_is_named(recipe, settings, parts) -> No
         (["--scheduler", "cosin"], ["--scheduler", "'cosin'", "'cosine'"]),
         (["--bn", "maybe"], ["--bn", "'maybe'"]),
         (["stray"], ["stray"]),
+        (["--sync-settings", "alpha"], ["--sync-settings", "'alpha'", "NAME=VALUE"]),
+        (["--sync-settings", "alpha=[1"], ["--sync-settings", "alpha=[1", "not valid YAML"]),
         (["--recipe-pth", "/no/such.yml"], ["/no/such.yml", "No such file"]),
         (["--config-pth", "/no/host.yml"], ["/no/host.yml", "No such file"]),
         (["--epoch", "3"], ["--epoch", "--epochs"]),
@@ -137,10 +142,13 @@ def test_a_wrong_flag_is_named(argv, parts) -> None:
         ({"beta1": 1}, ["beta1", "1"]),
         ({"seed": 2**64}, ["seed", str(2**64)]),
         ({"max_lr": 10**400}, ["max_lr", "a number"]),
-        ({"state_fields": ["momentum_buffer"]}, ["momentum_buffer", "exp_avg"]),
         ({"scheduler": "cosine-step", "min_lr": 0}, ["min_lr", "cosine-step"]),
-        ({"optimizer": "sgd", "track_drift": True}, ["track_drift", "sgd"]),
+        ({"optimizer": "sgd", "track_replicas": True}, ["track_replicas", "sgd"]),
         ({"log_pth": ""}, ["log_pth", "empty"]),
+        ({"crop_padding": -1}, ["crop_padding", "-1"]),
+        ({"crop_padding": 4, "crop_scale": [0.5, 1.0]}, ["crop_scale", "0.5", "crop_padding 4"]),
+        ({"label_skew": -0.1}, ["label_skew", "-0.1"]),
+        ({"label_skew": 1e-9}, ["label_skew", "1e-09"]),
     ],
 )
 def test_an_impossible_value_is_named(recipe, settings, parts) -> None:
@@ -162,6 +170,30 @@ def test_a_recipe_that_is_no_recipe_is_refused(tmp_path: Path, text: str, part: 
     path = tmp_path / "recipe.yml"
     path.write_text(text)
     assert part in complaint("--recipe-pth", str(path))
+
+
+def test_a_recipe_builds_on_its_base(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(
+        "epochs: 5\nmax_lr: 0.25\nalpha: 1\nsync_settings: {alpha: 0.1}\n"
+    )
+    (tmp_path / "b.yml").write_text("base: a.yml\nepochs: 6\nsync_settings: {beta: 0.2}\n")
+    (tmp_path / "c.yml").write_text("base: b.yml\nseed: 3\n")
+    loaded = load(["--recipe-pth", str(tmp_path / "c.yml")])
+    assert (loaded.epochs, loaded.max_lr, loaded.seed) == (6, 0.25, 3)
+    assert loaded.sync_settings == {"beta": 0.2}, "settings of a rule are replaced as a whole"
+    (tmp_path / "a.yml").write_text("base: c.yml\n")
+    assert "leads back" in complaint("--recipe-pth", str(tmp_path / "c.yml"))
+    (tmp_path / "a.yml").unlink()
+    assert "a.yml: No such file" in complaint("--recipe-pth", str(tmp_path / "c.yml"))
+
+
+def test_settings_of_a_rule_are_yaml_on_the_command_line() -> None:
+    words = ["alpha=0.5", "overlap=false", "beta=null", "state_fields=[exp_avg]", "pull=1e-1"]
+    settings = load(["--sync-settings", *words]).sync_settings
+    assert settings == {
+        "alpha": 0.5, "overlap": False, "beta": None, "state_fields": ["exp_avg"], "pull": "1e-1",
+    }  # fmt: skip
+    assert load(["--sync-settings"]).sync_settings == {}
 
 
 def test_a_host_file_sets_paths_and_nothing_of_the_experiment(tmp_path: Path) -> None:

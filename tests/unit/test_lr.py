@@ -56,6 +56,17 @@ def test_no_warm_up_starts_at_the_peak() -> None:
     assert schedule("cosine", warmup_steps=0)(0) == PEAK
 
 
+@pytest.mark.parametrize("recipe", ["overlap", "localsgd", "sgd", "easgd", "cocod"])
+def test_cifar10_recipes_have_the_rates_of_the_overlap_local_sgd_paper(recipe: str) -> None:
+    """Wang et al., arXiv 2002.09539: 0.1 to 16 x 0.1 in five epochs, a tenth at 150 and 250."""
+    config = load(["--recipe-pth", f"recipe/cifar10-resnet18-{recipe}.yml"])
+    made = Schedule.of(config, 50_000 // 2048)
+    assert (made(0), made(60)) == pytest.approx((0.1, 0.85))
+    for first, last, rate in ((5, 150, 1.6), (150, 250, 0.16), (250, 300, 0.016)):
+        assert made(24 * first) == made(24 * last - 1) == pytest.approx(rate)
+    assert made.total_steps == 300 * 24
+
+
 def test_epochs_become_steps() -> None:
     argv = ["--epochs", "5", "--epochs-for-sche", "9", "--warmup-epochs", "1.5"]
     made = Schedule.of(load([*argv, "--scheduler", "step", "--decay-points", "2", "3"]), 100)

@@ -1,0 +1,74 @@
+"""Rules by name: what a recipe may say of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from localopt import BlockMomentum, Rule
+from localopt.sync import RULES
+from training import config
+from training.config import Config, ConfigError
+from training.optimizers import rule
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def wanted(sync: str, settings: dict[str, Any] | None = None, **others: Any) -> Config:
+    return Config(**{"alpha": 1.0, "sync": sync, "sync_settings": settings or {}, **others})
+
+
+def test_every_rule_has_a_name_and_a_recipe() -> None:
+    assert set(get_args(config._TYPES["sync"])) == set(RULES)
+    for name in set(RULES) - {"average"}:
+        loaded = config.load(["--recipe-pth", str(ROOT / f"recipe/digits-resnet-{name}.yml")])
+        assert loaded.sync == name
+        assert isinstance(rule(loaded), Rule)
+
+
+def test_settings_take_the_types_of_the_rule() -> None:
+    """YAML reads 1e-1 as text and 1 as an integer."""
+    easgd = rule(wanted("easgd", {"alpha": "1e-1", "beta": 1, "overlap": None}))
+    assert (easgd.alpha, easgd.beta, easgd.overlap) == (0.1, 1.0, None)
+    assert isinstance(easgd.beta, float)
+    average = rule(wanted("average", {"state_fields": ["exp_avg"]}))
+    assert average.state_fields == ("exp_avg",)
+    assert isinstance(rule(wanted("bmuf", {"nesterov": True, "lr": 1})), BlockMomentum)
+
+
+@pytest.mark.parametrize(
+    ("sync", "settings", "parts"),
+    [
+        ("easgd", {"aplha": 0.1}, ["'aplha'", "easgd has alpha, beta, pull, overlap"]),
+        ("cocod", {"alpha": 0.1}, ["'alpha'", "cocod has no settings"]),
+        ("easgd", {"alpha": "x"}, ["alpha is 'x'", "a number"]),
+        ("easgd", {"alpha": -0.5}, ["alpha is -0.5", "positive"]),
+        ("easgd", {"overlap": 3}, ["overlap is 3", "true or false"]),
+        ("easgd", {"pull": None}, ["pull is None", "a number"]),
+        ("overlap", {"alpha": 1}, ["alpha is 1.0", "[0, 1)"]),
+        ("slowmo", {}, ["slowmo needs beta"]),
+        ("hierarchical", {}, ["needs group_size and global_every"]),
+        ("hierarchical", {"group_size": 1.5, "global_every": 2}, ["group_size is 1.5", "integer"]),
+        ("lsgd", {"group_size": 2}, ["group_size is 2", "two levels need both"]),
+        ("bmuf", {"momentum": 1.0}, ["momentum is 1.0", "[0, 1)"]),
+        ("diloco", {"lr": 1.5}, ["learning rate is 1.5", "long rounds diverge"]),
+        ("average", {"state_fields": "exp_avg"}, ["state_fields is 'exp_avg'", "a list"]),
+        ("average", {"state_fields": ["momentum_buffer"]}, ["'momentum_buffer'", "exp_avg_sq"]),
+        ("average", {"reset_fields": ["step"]}, ["reset_fields names 'step'", "exp_avg"]),
+    ],
+)
+def test_an_impossible_setting_is_named(sync: str, settings: dict[str, Any], parts: list) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rule(wanted(sync, settings))
+    message = str(caught.value)
+    assert "\n" not in message and "sync_settings" in message
+    assert all(part in message for part in parts), message
+
+
+def test_an_optimizer_without_momentum_has_nothing_to_average() -> None:
+    settings = {"state_fields": ["momentum_buffer"]}
+    assert rule(wanted("average", settings, optimizer="localsgd")).state_fields
+    with pytest.raises(ConfigError, match="nothing to average"):
+        rule(wanted("average", settings, optimizer="localsgd", momentum=0.0))
