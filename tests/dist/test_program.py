@@ -66,7 +66,7 @@ def test_the_cifar_10_recipes_train_on_torchvisions_folder(tmp_path: Path, recip
     outcome = start(
         "--recipe-pth", f"recipe/cifar10-resnet18-{recipe}.yml", "--data-pth",
         str(tmp_path / "data"), "--log-pth", str(tmp_path / "runs"), "--total-batch-size", "8",
-        "--physical-batch-size", "4", "--epochs", "1", "--steps-per-epoch", "3", "--bn-batches", "2",
+        "--physical-batch-size", "4", "--epochs", "3", "--bn-batches", "2",
     )  # fmt: skip
     assert outcome.codes == [0, 0], outcome.errors
     assert outcome.records[-1]["syncs"] == (3 if recipe == "sgd" else 2), "H = 2, and the last step"
