@@ -115,7 +115,9 @@ class Replica:
     def record_loss(self, loss: float | Tensor) -> None:
         """Take note of a step's training loss. No host synchronisation."""
         if isinstance(loss, Tensor):
-            loss = loss.detach().double().reshape(())
+            loss = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
+            if loss.dtype.itemsize < 4:  # a sum of thousands would stop growing
+                loss = loss.float()
         self._loss_sum = self._loss_sum + loss
         self.losses_recorded += 1
 
@@ -125,6 +127,20 @@ class Replica:
         if not self._rates:
             return float(self.inner.param_groups[0].get("lr", math.nan))
         return float(self._rate_sum) / self._rates
+
+    def lr_to_divide_by(self) -> float:
+        """`lr`, for a rule that normalises by it.
+
+        Raises:
+            ValueError: if it is not positive.
+        """
+        if not self.lr > 0:
+            raise ValueError(
+                f"rank {self.collective.rank}: the mean learning rate of the round that ended at "
+                f"step {self.step} is {self.lr}, and the rule divides by it (normalize_by_lr): end "
+                "the schedule above zero"
+            )
+        return self.lr
 
     @property
     def loss(self) -> float:
@@ -233,7 +249,8 @@ class Replica:
         self._resumed += exposed  # so that it does not count as busy
         ended = started if flight.ended is None else flight.ended
         self.traffic.exposed += exposed
-        self.traffic.hidden += max(0.0, ended - flight.launched)
+        if flight.pending.bytes:  # else: one replica, nothing has travelled
+            self.traffic.hidden += max(0.0, ended - flight.launched)
         headers = headers_.read(sent.slots)
         headers_.check_in_step(headers)
         self._check_finite(headers, sent)

@@ -98,18 +98,9 @@ class BlockMomentum(Rule):
                 group["momentum"] = 1 - 1 / self.replica.collective.world_size
 
     def end_round(self) -> None:
-        gamma = self._gamma()
+        gamma = self.replica.lr_to_divide_by() if self.normalize_by_lr else 1.0
         self.replica.mean_()
         self._outer_step(gamma)
-
-    def _gamma(self) -> float:
-        gamma = self.replica.lr if self.normalize_by_lr else 1.0
-        if not gamma > 0:
-            raise ValueError(
-                f"the mean learning rate of the round that ended at step {self.replica.step} is "
-                f"{gamma}, and normalize_by_lr (SlowMo) divides by it: end the schedule above zero"
-            )
-        return gamma
 
     @torch.no_grad()
     def _outer_step(self, gamma: float) -> None:

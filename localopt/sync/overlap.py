@@ -61,19 +61,10 @@ class OverlapLocalSGD(Rule):
     @torch.no_grad()
     def end_round(self) -> None:
         self.land()
-        self._gamma = self._lr()
+        self._gamma = self.replica.lr_to_divide_by() if self.normalize_by_lr else 1.0
         pull_(self.replica.flat.params, self.z.data, self.alpha)
         self.replica.launch()
         self.replicas_agree = False
-
-    def _lr(self) -> float:
-        gamma = self.replica.lr if self.normalize_by_lr else 1.0
-        if not gamma > 0:
-            raise ValueError(
-                f"the mean learning rate of the round that ended at step {self.replica.step} is "
-                f"{gamma}, and normalize_by_lr divides by it: end the schedule above zero"
-            )
-        return gamma
 
     @torch.no_grad()
     def land(self) -> None:
