@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, list[str]]] = {
     "Average, QSR": ("localsgd-qsr", []),
     "HierarchicalAverage": ("hierarchical", []),
     "BMUF": ("bmuf", []),
+    "BMUF, Nesterov": ("bmuf", ["--sync-settings", "nesterov=true"]),
     "SlowMo": ("slowmo", []),
     "DiLoCo": ("diloco", []),
     "EASGD": ("easgd", []),

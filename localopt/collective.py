@@ -97,7 +97,8 @@ class Collective:
         """A new process group of some of this one's ranks, this one among them.
 
         Collective: each of them calls, with groups in the same order. Collectives that run behind
-        training need a group of their own, or they would mix with the user's.
+        training need a group of their own, or they would mix with the user's. Where the default
+        group is bound to a device (NCCL's ``device_id``), all its ranks must be doing this.
         """
         if self.world_size == 1:
             return self
@@ -106,7 +107,7 @@ class Collective:
             [places[rank] for rank in ranks],
             timeout=self._timeout(),
             backend=dist.get_backend(self.group),
-            use_local_synchronization=True,
+            use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
         made = Collective(group)
         made.ranks = ranks

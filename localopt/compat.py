@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .collective import Collective
 from .flat import pull_
 from .optimizer import LocalOptimizer
 from .period import Constant
@@ -78,11 +78,9 @@ class DistOptimizer(Rule):
         return self._center.data
 
     def mean(self) -> list[Tensor]:
-        """x̄, the mean of all replicas' parameters; these stay as they are. Collective."""
-        self.replica.launch()
-        mean = self.replica.land()
-        assert mean is not None, "it has just been launched"
-        return mean
+        """x̄, the mean of all replicas' parameters, as `center`. Collective."""
+        mean = self.replica.mean()
+        return [x.to(z.dtype) for x, z in zip(mean, self.center, strict=True)]
 
     def pull(self, towards: Sequence[Tensor], strength: float) -> None:
         """x ← x + strength (towards - x)."""
@@ -159,7 +157,7 @@ class CommOptimizer(LocalOptimizer):
         comm_period: int = 4,
         **options: Any,
     ) -> None:
-        m = _replicas(options.get("process_group"))
+        m = Collective(options.get("process_group")).world_size
         if world_size not in (None, m):
             raise ValueError(f"world_size is {world_size}: the process group has {m} replicas")
         p, c = local_pulling_strength, dist_pulling_strength
@@ -194,6 +192,7 @@ class CommOptimizer(LocalOptimizer):
     def local_pulling_step(self) -> None:
         """After every local step: x ← x - (p/H)(x - z). No collective."""
         self._open_round()
+        self._replica.count_step()
         if isinstance(self.sync, DistOptimizer):
             self.sync.local_pulling_step()
         else:
@@ -207,15 +206,11 @@ class CommOptimizer(LocalOptimizer):
     def comm_train_step(self) -> None:
         """After every ``comm_period``-th local step: end the round. Collective."""
         self._open_round()
-        self._replica.step += self._replica.remaining
+        self._replica.step = self._opened_at + self.h
         self.sync.end_round()
         self._replica.end_round()
 
     def _open_round(self) -> None:
         if self.synced:
+            self._opened_at = self._replica.step
             self._replica.begin_round(self.period(self._replica.step, 0.0))
-
-
-def _replicas(group: dist.ProcessGroup | None) -> int:
-    together = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size(group) if together else 1

@@ -8,6 +8,7 @@ exactly, whatever the parameters' type.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 import struct
@@ -17,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FIELDS = struct.Struct("<qqqddd")
+_FIELDS = struct.Struct("<qqqdddqq")
 SLOT = _FIELDS.size + 1  # elements: the bytes of the fields, and the flag
 
 
 class SyncError(RuntimeError):
-    """A synchronisation that cannot stand; raised on every rank alike."""
+    """A synchronisation that cannot stand; raised on every rank that took part in it."""
 
 
 class ReplicaMismatchError(SyncError):
@@ -52,6 +53,8 @@ class Header:
         busy: seconds from its last collective to its arrival at this one.
         square_norm: squared norm of its parameters where drift is tracked, else 0.
         loss: mean training loss of its round; NaN where none was recorded.
+        settings: checksum of what the rule goes by now and must be the same on all ranks.
+        fingerprint: of its parameters, where they are believed to be equal on all ranks; else 0.
         finite: whether all it brings is finite.
     """
 
@@ -61,6 +64,8 @@ class Header:
     busy: float
     square_norm: float = 0.0
     loss: float = math.nan
+    settings: int = 0
+    fingerprint: int = 0
     finite: bool = True
 
 
@@ -70,7 +75,7 @@ def write(slots: Tensor, rank: int, header: Header, finite: Tensor | None) -> No
     ``finite`` is a 0-dim tensor that stays on the device (no host synchronisation); None means
     not looked at.
     """
-    told = (header.kind, header.step, header.h, header.busy, header.square_norm, header.loss)
+    *told, _ = dataclasses.astuple(header)
     packed = _FIELDS.pack(*told)
     slots.zero_()
     slots[rank, :-1] = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(slots)
@@ -89,10 +94,12 @@ def read(slots: Tensor, ranks: Iterable[int] | None = None) -> dict[int, Header]
 
 
 def check_in_step(headers: Mapping[int, Header]) -> None:
-    """Raise `ReplicaMismatchError` unless all ranks agree on kind, step and H."""
+    """Raise `ReplicaMismatchError` unless all ranks agree on kind, step, H and settings."""
     groups: dict[tuple[Kind, int, int], list[int]] = {}
+    settings: dict[int, list[int]] = {}
     for rank, header in headers.items():
         groups.setdefault((header.kind, header.step, header.h), []).append(rank)
+        settings.setdefault(header.settings, []).append(rank)
     if len(groups) > 1:
         told = "; ".join(
             f"{ranks_text(ranks)} at step {step} with H {h} ({kind.name.lower()})"
@@ -101,6 +108,12 @@ def check_in_step(headers: Mapping[int, Header]) -> None:
         raise ReplicaMismatchError(
             f"replicas are out of step: {told}. All ranks must make the same calls: same number "
             "of batches, same period, same learning rate"
+        )
+    if len(settings) > 1:
+        told = " and ".join(ranks_text(ranks) for ranks in settings.values())
+        raise ReplicaMismatchError(
+            f"at step {next(iter(headers.values())).step} the settings of {told} differ: "
+            "learning rates and the outer optimizer's settings must be the same on all ranks"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ class LocalOptimizer(Optimizer):
         flat = Flat(named, beside, self._collective.world_size)
         settings = {**self._options, "buffers": self._policy, "auto": self.auto}
         lines = [
-            f"rule {self.sync!r}",
+            f"rule {_describe(self.sync)}",
             f"period {_describe(self.period)}",
             f"inner optimizer {type(self.inner).__name__}",
             *(f"{key} {value}" for key, value in settings.items()),
@@ -222,7 +223,7 @@ class LocalOptimizer(Optimizer):
             self._begin_round()
         self._replica.record_lr(self.inner.param_groups[0].get("lr", math.nan))
         loss = self._inner_step(closure)
-        if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
+        if _is_number(loss) and not self._replica.has_loss:
             self.record_loss(loss)
         if self.auto:
             self.average()
@@ -242,8 +243,8 @@ class LocalOptimizer(Optimizer):
         replica = self._replica
         if replica.remaining == 0:
             self._begin_round()
-        replica.step += 1
         self._check_loss()
+        replica.count_step()
         replica.poll()
         self.sync.after_step()
         if replica.remaining > 1:
@@ -255,11 +256,11 @@ class LocalOptimizer(Optimizer):
 
     def _check_loss(self) -> None:
         replica = self._replica
-        if self.sync.needs_loss and replica.losses_recorded <= replica.h - replica.remaining:
+        if self.sync.needs_loss and not replica.has_loss:
             raise RuntimeError(
                 f"{type(self.sync).__name__} needs the training loss of every step, and step "
-                f"{replica.step} on rank {self._collective.rank} has none: call step(closure), or "
-                "optimizer.record_loss(loss) before step()"
+                f"{replica.step + 1} on rank {self._collective.rank} has none: call "
+                "step(closure), or optimizer.record_loss(loss) before step()"
             )
 
     def _begin_round(self) -> None:
@@ -288,10 +289,13 @@ class LocalOptimizer(Optimizer):
             raise RuntimeError(f"{call} inside consensus(): the model is not the replica's own now")
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Take note of this step's training loss, one number, before `step` counts the step.
+        """Take note of this step's training loss, one number, before `step` or `average` counts it.
 
         `step` does so itself with a closure's. Stays on the device: no host synchronisation. Its
         mean over the round is what `report` tells of each replica, and what `LSGD` goes by.
+
+        Raises:
+            RuntimeError: if this step has one already.
         """
         self._replica.record_loss(loss)
 
@@ -421,8 +425,10 @@ class LocalOptimizer(Optimizer):
         if place is not None:
             self._check_place(place)
         self.inner.load_state_dict(state)
+        self._replica.drop()  # what is in flight belongs to the run that is left
         if place is None:
             self._replica.start_over()
+            self.sync.start_over()
         else:
             self._replica.load_state_dict(place["replica"])
             self.sync.load_state_dict(place["sync"])
@@ -544,7 +550,11 @@ def _homes(
     ]
 
 
-def _describe(period: Callable[[int, float], int]) -> str:
-    """A text equal on all ranks for equal periods: plain functions print their address."""
-    described = repr(period)
-    return described if " at 0x" not in described else getattr(period, "__qualname__", "callable")
+def _describe(what: object) -> str:
+    """A text equal on all ranks for equal periods or rules: some print their address."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(what))
+
+
+def _is_number(loss: Any) -> bool:
+    """Whether a closure has returned one number, as a loss should be."""
+    return loss.numel() == 1 if isinstance(loss, Tensor) else hasattr(loss, "__float__")

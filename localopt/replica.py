@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +28,7 @@ class SyncReport:
 
     Attributes:
         step: local steps finished when it was begun.
-        h: local steps in the round that it ended.
+        h: H of the round that it ended; `finish` may have cut it short.
         drift: spread of the replicas then, sqrt((1/m) Σ_i |x_i - x̄|²); None if not tracked.
         losses: by rank, mean training loss of the round; NaN where none was recorded.
         waits: by rank, seconds it was idle for the slowest rank.
@@ -105,7 +107,8 @@ class Replica:
         # A 0-dim tensor once a loss or a rate was one: nothing is read before the boundary.
         self._rate_sum: float | Tensor = 0.0
         self._loss_sum: float | Tensor = 0.0
-        self._rates = self.losses_recorded = 0
+        self._rates = self._losses = 0
+        self._step_loss: float | Tensor | None = None
 
     def record_lr(self, lr: float | Tensor) -> None:
         """Take note of a step's learning rate."""
@@ -113,13 +116,34 @@ class Replica:
         self._rates += 1
 
     def record_loss(self, loss: float | Tensor) -> None:
-        """Take note of a step's training loss. No host synchronisation."""
+        """Take note of a step's training loss. No host synchronisation.
+
+        Raises:
+            RuntimeError: if the step has one already.
+        """
+        if self.has_loss:
+            raise RuntimeError(
+                f"step {self.step + 1} on rank {self.collective.rank} has a loss already: record "
+                "one number for each step, the mean where a step accumulates gradients"
+            )
         if isinstance(loss, Tensor):
             loss = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
             if loss.dtype.itemsize < 4:  # a sum of thousands would stop growing
                 loss = loss.float()
-        self._loss_sum = self._loss_sum + loss
-        self.losses_recorded += 1
+        self._step_loss = loss if isinstance(loss, Tensor) else float(loss)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the loss of the step that is being made has been recorded."""
+        return self._step_loss is not None
+
+    def count_step(self) -> None:
+        """A local step has been made."""
+        self.step += 1
+        if self._step_loss is not None:
+            self._loss_sum = self._loss_sum + self._step_loss
+            self._losses += 1
+            self._step_loss = None
 
     @property
     def lr(self) -> float:
@@ -128,24 +152,10 @@ class Replica:
             return float(self.inner.param_groups[0].get("lr", math.nan))
         return float(self._rate_sum) / self._rates
 
-    def lr_to_divide_by(self) -> float:
-        """`lr`, for a rule that normalises by it.
-
-        Raises:
-            ValueError: if it is not positive.
-        """
-        if not self.lr > 0:
-            raise ValueError(
-                f"rank {self.collective.rank}: the mean learning rate of the round that ended at "
-                f"step {self.step} is {self.lr}, and the rule divides by it (normalize_by_lr): end "
-                "the schedule above zero"
-            )
-        return self.lr
-
     @property
     def loss(self) -> float:
         """Mean training loss over the round's steps so far; NaN if none was recorded."""
-        return float(self._loss_sum) / self.losses_recorded if self.losses_recorded else math.nan
+        return float(self._loss_sum) / self._losses if self._losses else math.nan
 
     # Meeting the others.
 
@@ -161,8 +171,14 @@ class Replica:
 
     @torch.no_grad()
     def mean_(
-        self, kind: Kind = Kind.SYNC, *, ends_round: bool = True, levels: int | None = None
-    ) -> None:
+        self,
+        kind: Kind = Kind.SYNC,
+        *,
+        ends_round: bool = True,
+        levels: int | None = None,
+        settings: object = (),
+        believed_equal: bool = False,
+    ) -> bool:
         """Replace what is averaged by its mean over the replicas, x ← x̄, in place. Collective.
 
         Every collective of a replica has this one size, whatever its kind, so that ranks which
@@ -172,6 +188,11 @@ class Replica:
             kind: why.
             ends_round: whether this ends a round; else it is counted apart.
             levels: the mean over the replicas that the first so many levels cover; None for all.
+            settings: what the rule goes by, to be the same on all ranks.
+            believed_equal: whether to look if the replicas hold the same parameters.
+
+        Returns:
+            Whether they do, if looked for; else False.
 
         Raises:
             ReplicaMismatchError: if the ranks are not at the same call.
@@ -182,7 +203,8 @@ class Replica:
         flat.check_pointers()
         self.buffers.gather(flat.views, from_rank0=self.collective.rank == ranks[0])
         started = clock(self.device)
-        self._write_header(flat.slots, kind, started, self._scan())
+        fingerprint = flat.fingerprint() if believed_equal else 0
+        self._write_header(flat.slots, kind, started, self._scan(), settings, fingerprint)
         if len(ranks) > 1:
             # Before the sum, which then cannot overflow where all replicas are finite.
             for buffer in flat.buffers:
@@ -192,21 +214,24 @@ class Replica:
             sent += level.sum_([b.data for b in flat.buffers])
             headers = headers_.read(flat.slots, level.ranks)
             headers_.check_in_step(headers)
-        self._resumed = clock(self.device)
         waits = _waits(headers)
-        self._count(ends_round, sent, self._resumed - started, waits)
+        self._count(ends_round, sent, started, waits)
         self._check_finite(headers, flat)
         self.buffers.scatter(flat.views)
         if ends_round:
             self.report = self._report(headers, waits, self._spread(headers, flat))
         elif kind is Kind.FINISH and self._landed_report is not None:
             self.report = self._landed_report
+        return believed_equal and all(h.fingerprint == fingerprint for h in headers.values())
 
     @torch.no_grad()
-    def launch(self) -> None:
+    def launch(self, settings: object = ()) -> None:
         """Start the mean of the parameters as they are now, x̄, behind training. Collective.
 
         What is sent is a copy. One mean at a time: `land` the last one before.
+
+        Args:
+            settings: as for `mean_`.
 
         Raises:
             RuntimeError: if the parameters were moved out of their memory.
@@ -214,12 +239,25 @@ class Replica:
         self.flat.check_pointers()
         started = clock(self.device)
         sent = self._copy(self.collective.world_size)
-        self._write_header(sent.slots, Kind.SYNC, started, self._scan())
+        self._write_header(sent.slots, Kind.SYNC, started, self._scan(), settings)
         pending = self.collective.start_sum_([b.data for b in sent.buffers])
         self.report = self._landed_report
-        self._resumed = clock(self.device)
+        self._count(True, pending.bytes, started, {})
         self._flight = _Flight(pending, self._resumed)
-        self._count(True, pending.bytes, self._resumed - started, {})
+
+    def mean(self) -> list[Tensor]:
+        """x̄, in memory of its own, which the next mean writes to. Collective; waits for it."""
+        self.launch()
+        mean = self.land()
+        assert mean is not None, "it has just been launched"
+        self.report = self._landed_report
+        return mean
+
+    def drop(self) -> None:
+        """Wait for what is in flight, if anything, and forget it."""
+        if self._flight is not None:
+            self._flight.pending.wait()
+            self._flight = None
 
     def poll(self) -> None:
         """Take note if what was launched has ended. No waiting."""
@@ -278,17 +316,15 @@ class Replica:
         for level in levels:
             self._write_header(slots, kind, started, torch.tensor(not names))
             sent += level.sum_([slots])
-            headers = headers_.read(slots, level.ranks)
-            headers_.check_in_step(headers)
-            bad = [rank for rank, header in headers.items() if not header.finite]
-            if bad:
-                texts = control.gather(level, _few(names))
-                told = next(text for text in texts if text)
-                raise NonFiniteError(_brought(bad, self.step, told))
-            seen.append(headers)
-        self._resumed = clock(self.device)
+            seen.append(headers_.read(slots, level.ranks))
+            headers_.check_in_step(seen[-1])
         waits = _waits(seen[-1])
-        self._count(ends_round, sent, self._resumed - started, waits)
+        self._count(ends_round, sent, started, waits)
+        # Only now, or ranks of other groups would wait at the next level for those that raise here.
+        bad = [rank for rank, header in seen[-1].items() if not header.finite]
+        if bad:
+            texts = control.gather(levels[-1], _few(names))
+            raise NonFiniteError(_brought(bad, self.step, next(text for text in texts if text)))
         if ends_round:
             self.report = self._report(seen[-1], waits, self._measured(seen[-1], levels[-1]))
         return seen
@@ -297,8 +333,9 @@ class Replica:
         """The spread where no mean is at hand. Cost: a collective, where drift is tracked."""
         if not self.track_drift:
             return None
+        started = clock(self.device)
         mean = self._copy(len(level.ranks))
-        self.traffic.other_bytes += level.sum_(mean.params)
+        self._count(False, level.sum_(mean.params), started, {})
         return self._spread(headers, mean)
 
     @torch.no_grad()
@@ -323,7 +360,15 @@ class Replica:
             torch.div(x, shares, out=sent)
         return self._sent
 
-    def _write_header(self, slots: Tensor, kind: Kind, now: float, finite: Tensor | None) -> None:
+    def _write_header(
+        self,
+        slots: Tensor,
+        kind: Kind,
+        now: float,
+        finite: Tensor | None,
+        settings: object = (),
+        fingerprint: int = 0,
+    ) -> None:
         mine = Header(
             kind=kind,
             step=self.step,
@@ -331,6 +376,8 @@ class Replica:
             busy=now - self._resumed,
             square_norm=self.flat.square_norm() if self.track_drift else 0.0,
             loss=self.loss,
+            settings=zlib.crc32(repr(settings).encode()),
+            fingerprint=fingerprint,
         )
         headers_.write(slots, self.collective.rank, mine, finite)
 
@@ -338,9 +385,12 @@ class Replica:
         return self.flat.finite() if self.check_finite else None
 
     def _count(
-        self, ends_round: bool, sent: int, seconds: float, waits: Mapping[int, float]
+        self, ends_round: bool, sent: int, started: float, waits: Mapping[int, float]
     ) -> None:
-        traffic = self.traffic
+        traffic, now = self.traffic, clock(self.device)
+        seconds = now - started
+        # What happens within a round is not busy time, and does not begin a new count of it.
+        self._resumed = now if ends_round else self._resumed + seconds
         if ends_round:
             traffic.syncs += 1
             traffic.bytes += sent
@@ -417,7 +467,7 @@ class Replica:
             None if state[key] is None else SyncReport(**state[key])
             for key in ("report", "landed_report")
         )
-        self.traffic = Traffic(**state["traffic"])
+        self.traffic = Traffic(**copy.deepcopy(state["traffic"]))
 
     def forget_others(self) -> None:
         """Drop what was told by ranks that are not those of now."""
@@ -429,7 +479,7 @@ class Replica:
         self._forget_round()
 
 
-_PLACE = ("step", "h", "remaining", "round", "_rates", "losses_recorded")
+_PLACE = ("step", "h", "remaining", "round", "_rates", "_losses")
 
 
 @dataclass

@@ -52,6 +52,7 @@ class Average(Rule):
     def end_round(self) -> None:
         self._adopt_state()
         self.replica.mean_()
+        self.replicas_agree = True
         self._reset_state()
 
     def finish(self) -> None:

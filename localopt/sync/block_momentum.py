@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Optimizer
 
 from .rule import Rule
@@ -71,6 +71,8 @@ class BlockMomentum(Rule):
                 f"outer makes {type(trial).__name__}, which needs a closure: the pseudo-gradient "
                 "has none"
             ) from None
+        except (AssertionError, RuntimeError):
+            pass  # one that wants another device (capturable), which the parameters may be on
         if self.normalize_by_lr and "lr" not in trial.param_groups[0]:
             raise ValueError(f"normalize_by_lr: {type(trial).__name__} has no learning rate")
         if self.heuristic_momentum and not isinstance(trial, SGD):
@@ -90,6 +92,7 @@ class BlockMomentum(Rule):
         self.z = self.anchor("z")
         self._params = {name: nn.Parameter(view) for name, view in self.z.views.items()}
         self.outer_optimizer = self.outer(list(self._params.values()))
+        self._outer_type = type(self.outer_optimizer).__name__
         self._set_momentum()
 
     def _set_momentum(self) -> None:
@@ -97,38 +100,46 @@ class BlockMomentum(Rule):
             for group in self.outer_optimizer.param_groups:
                 group["momentum"] = 1 - 1 / self.replica.collective.world_size
 
-    def end_round(self) -> None:
-        gamma = self.replica.lr_to_divide_by() if self.normalize_by_lr else 1.0
-        self.replica.mean_()
-        self._outer_step(gamma)
-
     @torch.no_grad()
-    def _outer_step(self, gamma: float) -> None:
-        flat = self.replica.flat
+    def end_round(self) -> None:
+        flat, gamma = self.replica.flat, self.replica.lr
         for z, x in zip(self.z.data, flat.params, strict=True):
-            torch.sub(z, x, out=x)  # Δ, where x̄ was: no memory of its own
-            if self.normalize_by_lr:
-                x.div_(gamma)
-        for name, p in self._params.items():
-            p.grad = flat.views[name].to(p.dtype)
-        with self._scaled_rates(gamma):
-            self.outer_optimizer.step()
-        self.outer_optimizer.zero_grad()
+            # Δ is averaged rather than x: what no replica has changed is then exactly 0, and an
+            # adaptive outer optimizer leaves it alone.
+            torch.sub(z.to(x.dtype), x, out=x)
+        groups = self.outer_optimizer.param_groups
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        self.replica.mean_(settings=(gamma if self.normalize_by_lr else None, settings))
+        self._check_rate(gamma)
+        self._outer_step(gamma)
         for z, x in zip(self.z.data, flat.params, strict=True):
             x.copy_(z)
+        self.replicas_agree = True
 
-    @contextmanager
-    def _scaled_rates(self, gamma: float) -> Iterator[None]:
-        if not self.normalize_by_lr:
-            yield
-            return
-        groups = self.outer_optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] = group["lr"] * gamma
-        yield
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
+    def _check_rate(self, gamma: float) -> None:
+        if self.normalize_by_lr and not gamma > 0:
+            raise ValueError(
+                f"the mean learning rate of the round that ended at step {self.replica.step} is "
+                f"{gamma}, and normalize_by_lr (SlowMo) divides by it: keep the rate above zero"
+            )
+
+    def _outer_step(self, gamma: float) -> None:
+        flat, groups = self.replica.flat, self.outer_optimizer.param_groups
+        for name, p in self._params.items():
+            p.grad = flat.views[name].to(p.dtype)
+            if self.normalize_by_lr:
+                p.grad.div_(gamma)
+        rates = [group.get("lr") for group in groups]
+        try:
+            for group, rate in zip(groups, rates, strict=True):
+                if self.normalize_by_lr:
+                    group["lr"] = rate * gamma
+            self.outer_optimizer.step()
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                if self.normalize_by_lr:
+                    group["lr"] = rate
+        self.outer_optimizer.zero_grad()
 
     def finish(self) -> None:
         """End an open round at x̄, without an outer step; the next goes on from there."""
@@ -147,12 +158,30 @@ class BlockMomentum(Rule):
                 self.outer_optimizer.add_param_group({"params": [self._params[name]]})
         self._set_momentum()
 
+    def start_over(self) -> None:
+        super().start_over()
+        self.outer_optimizer.state.clear()
+
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "outer": _copied(self.outer_optimizer.state_dict())}
+        outer = copy.deepcopy(self.outer_optimizer.state_dict())
+        return {**super().state_dict(), "outer": outer, "outer_type": self._outer_type}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["outer_type"] != self._outer_type:
+            raise ValueError(
+                f"the state to load has the outer optimizer {state['outer_type']}, this rule "
+                f"{self._outer_type}"
+            )
+        saved = len(state["outer"]["param_groups"])
+        mine = len(self.outer_optimizer.param_groups)
+        if saved != mine:
+            raise ValueError(
+                f"the state to load has {saved} parameter groups, this optimizer {mine}: build it "
+                "with one, and add_param_group() the others as they were added"
+            )
         super().load_state_dict(state)
-        self.outer_optimizer.load_state_dict(state["outer"])
+        self.outer_optimizer.load_state_dict(copy.deepcopy(state["outer"]))
+        self._set_momentum()  # this number of replicas decides, not the saved one
 
 
 def BMUF(momentum: float | None = None, lr: float = 1.0, nesterov: bool = False) -> BlockMomentum:
@@ -199,11 +228,13 @@ def DiLoCo(lr: float = 0.7, momentum: float = 0.9) -> BlockMomentum:
 
 
 def _refuse_divergent(outer: Optimizer, group: dict[str, Any], heuristic: bool) -> None:
-    """Refuse an outer SGD that diverges once rounds are long enough to reach their optimum.
+    """Refuse an outer optimizer that climbs, and an SGD that diverges where rounds are long.
 
-    There Δ = z - x*, so z follows z ← z - ζ (Δ + …), which is stable for η < 1 and
+    A long round reaches its optimum x*, and Δ = z - x*. Then z is stable for η < 1 and
     ζ < 2 (1 + η), with Nesterov momentum ζ < 2 (1 + η) / (1 + 2 η).
     """
+    if group.get("maximize"):
+        raise ValueError(f"outer makes {type(outer).__name__} with maximize: it would climb")
     if not isinstance(outer, SGD):
         return
     eta, zeta = float(group["momentum"]), float(group["lr"])
@@ -217,11 +248,3 @@ def _refuse_divergent(outer: Optimizer, group: dict[str, Any], heuristic: bool) 
             f"the outer learning rate is {zeta}: with momentum {eta:g} it must lie between 0 and "
             f"{bound:.3g}, or long rounds diverge"
         )
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value

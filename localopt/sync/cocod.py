@@ -53,6 +53,10 @@ class CoCoDSGD(Rule):
         super().finish()
         self._corrects = False  # the mean has it all
 
+    def start_over(self) -> None:
+        super().start_over()
+        self._corrects = False
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "corrects": self._corrects}
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..flat import pull_
 from ..header import Kind
@@ -57,11 +59,11 @@ class EASGD(Rule):
         )
 
     def attach(self, replica: Any) -> None:
-        super().attach(replica)
         m = replica.collective.world_size
         self.a = 0.9 / m if self.alpha is None else self.alpha
         self.b = m * self.a if self.beta is None else self.beta
         _check_strengths(self.a, self.b)
+        super().attach(replica)
         self._overlaps = not self.pull if self.overlap is None else self.overlap
         replica.use_own_group()
         self.z = self.anchor("z")
@@ -74,15 +76,20 @@ class EASGD(Rule):
     @torch.no_grad()
     def end_round(self) -> None:
         self.land()
-        self.replica.launch()
+        mean = None
+        if self._overlaps:
+            self.replica.launch()
+        else:
+            mean = self.replica.mean()
         pull_(self.replica.flat.params, self.z.data, self.a)
+        self._move_centre(mean)
         self.replicas_agree = False
-        if not self._overlaps:
-            self.land()
 
     @torch.no_grad()
     def land(self) -> None:
-        mean = self.replica.land()
+        self._move_centre(self.replica.land())
+
+    def _move_centre(self, mean: Sequence[Tensor] | None) -> None:
         if mean is not None:
             for z, average in zip(self.z.data, mean, strict=True):
                 z.lerp_(average.to(z.dtype), self.b)

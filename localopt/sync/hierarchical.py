@@ -43,11 +43,12 @@ class HierarchicalAverage(Rule):
                 )
 
     def attach(self, replica: Any) -> None:
-        super().attach(replica)
         everyone = replica.collective
         inside, peers = everyone.split(self.group_size)
+        super().attach(replica)
         replica.levels = [inside, Across(inside, peers, everyone.ranks)]
 
     def end_round(self) -> None:
-        self.replicas_agree = (self.replica.round + 1) % self.global_every == 0
-        self.replica.mean_(levels=None if self.replicas_agree else 1)
+        meets_all = (self.replica.round + 1) % self.global_every == 0
+        self.replica.mean_(levels=None if meets_all else 1)
+        self.replicas_agree = meets_all

@@ -11,7 +11,7 @@ import torch
 
 from ..collective import Collective
 from ..flat import Vector, pull_
-from ..header import Header, Kind, NonFiniteError
+from ..header import Header, Kind, NonFiniteError, ranks_text
 from .rule import Rule
 
 
@@ -75,11 +75,11 @@ class LSGD(Rule):
             raise ValueError("LSGD: c_global and p_global are both 0: groups would never meet")
 
     def attach(self, replica: Any) -> None:
-        super().attach(replica)
         self._all: Collective = replica.collective
         self._group = self._all
         if self.group_size is not None:
             self._group, _ = self._all.split(self.group_size)
+        super().attach(replica)
         # A leader is sent as it is, in the parameters' own type.
         self.leader = self.anchor("leader", wide=False)
         self.global_leader: Vector | None = None
@@ -99,15 +99,20 @@ class LSGD(Rule):
         meets_all = bool(self.global_every) and (self.replica.round + 1) % self.global_every == 0
         levels = [self._group, self._all] if meets_all else [self._group]
         seen = self.replica.exchange(Kind.SYNC, levels, ends_round=True)
-        self._follow(self.leader, self._group, seen[0], self.c)
+        self._check_leaders(seen[-1])
+        self._follow(self.leader, self._group, leading(seen[0]), self.c)
         if meets_all and self.global_leader is not None:
-            self._follow(self.global_leader, self._all, seen[1], self.c_global)
+            self._follow(self.global_leader, self._all, leading(seen[1]), self.c_global)
         self.replicas_agree = False
 
-    def _follow(
-        self, leader: Vector, level: Collective, headers: Mapping[int, Header], strength: float
-    ) -> None:
-        self.replica.fetch_(leader.data, level, leading(headers))
+    def _check_leaders(self, headers: Mapping[int, Header]) -> None:
+        """Raise on all ranks that met if one of their groups has no leader."""
+        size = self._group.world_size
+        for first in range(min(headers), max(headers) + 1, size):
+            leading({rank: headers[rank] for rank in range(first, first + size)})
+
+    def _follow(self, leader: Vector, level: Collective, rank: int, strength: float) -> None:
+        self.replica.fetch_(leader.data, level, rank)
         pull_(self.replica.flat.params, leader.data, strength)
 
     def enter_consensus(self) -> None:
@@ -134,7 +139,7 @@ def leading(headers: Mapping[int, Header]) -> int:
     ]
     if not ranked:
         raise NonFiniteError(
-            f"no replica has a training loss that is a number at step "
+            f"{ranks_text(list(headers))} brought no training loss that is a number at step "
             f"{next(iter(headers.values())).step}: none can lead"
         )
     return min(ranked)[1]

@@ -25,12 +25,13 @@ class Rule(ABC):
     new parameter groups are then taken care of here.
 
     Attributes:
-        replicas_agree: whether all replicas hold the same parameters, when no round is open.
+        replicas_agree: whether all replicas are known to hold the same parameters, where no round
+            is open. Before the first round they are not: weights may have been loaded since.
         needs_loss: whether the training loss must be recorded at every step.
     """
 
     replica: Replica
-    replicas_agree = True
+    replicas_agree = False
     needs_loss = False
 
     def attach(self, replica: Replica) -> None:
@@ -42,6 +43,17 @@ class Rule(ABC):
         self.replica = replica
         self._anchors: dict[str, Vector] = {}
         self._momenta: dict[str, Vector] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def __getstate__(self) -> dict[str, Any]:
+        if hasattr(self, "replica"):
+            raise TypeError(
+                f"this {type(self).__name__} belongs to an optimizer and cannot be copied: make a "
+                "new one"
+            )
+        return vars(self)
 
     def anchor(self, name: str, *, wide: bool = True) -> Vector:
         """A vector that starts as the parameters; ``wide``: in float32 for those of 16 bits."""
@@ -91,13 +103,23 @@ class Rule(ABC):
         """Make all replicas equal to the consensus, with no collective left in flight."""
         self.land()
         replica = self.replica
-        equal = self.replicas_agree and not replica.remaining
-        saved = replica.snapshot() if equal else None
-        replica.mean_(Kind.FINISH, ends_round=replica.remaining > 0)
-        if saved is not None:
+        believed = self.replicas_agree and not replica.remaining
+        saved = replica.snapshot() if believed else None
+        ends_round = replica.remaining > 0
+        equal = replica.mean_(Kind.FINISH, ends_round=ends_round, believed_equal=believed)
+        if saved is not None and equal:
             # The mean of m equal numbers is not always that number, to the last bit.
             replica.restore(saved)
         self.replicas_agree = True
+
+    @torch.no_grad()
+    def start_over(self) -> None:
+        """Begin again from the parameters as they are now, with nothing in flight."""
+        for vector in self._anchors.values():
+            vector.copy_(self.replica.flat.params)
+        for vector in self._momenta.values():
+            vector.copy_([torch.zeros_like(x) for x in vector.data])
+        self.replicas_agree = False
 
     @torch.no_grad()
     def relayout(self) -> None:

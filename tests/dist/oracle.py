@@ -210,12 +210,15 @@ class Average(RuleOracle):
     """x_i ← x̄; named optimizer state too, or to zero."""
 
     def end_round(self, x: Array, this: Round) -> Array:
+        return everywhere(self.finish(x), self.m)
+
+    def finish(self, x: Array) -> Array:
         state = self.inner.state
         for name in self.settings.get("state_fields", ()):
             state[name] = everywhere(state[name].mean(axis=0), self.m)
         for name in self.settings.get("reset_fields", ()):
             state[name] = np.zeros_like(x)
-        return everywhere(x.mean(axis=0), self.m)
+        return x.mean(axis=0)
 
 
 class BlockMomentum(RuleOracle):
@@ -547,7 +550,7 @@ CASES: dict[str, list[Case]] = {
     "EASGD": [
         Case(Easgd, {}, delay=1),
         Case(Easgd, {"alpha": 0.3, "beta": 0.8}, ["AdamW"], delay=1),
-        Case(Easgd, {"pull": 0.5}),
+        Case(Easgd, {"alpha": 0.2, "pull": 0.5}),
     ],
     "OverlapLocalSGD": [
         Case(Overlap, {}, delay=1),

@@ -148,7 +148,7 @@ def equal_on_all_ranks(tensor: Tensor) -> bool:
 
 
 def test_every_rule_has_an_oracle() -> None:
-    """"A rule = one file in localopt/sync/, covered by the contract test without being named"."""
+    """A new file in localopt/sync/ is tested without being named here, once it has an oracle."""
     assert RULES, "no rule found in localopt/sync/"
     assert set(RULES) == set(oracle.CASES)
     assert all(oracle.CASES.values())
@@ -205,9 +205,8 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, wha
 @pytest.mark.parametrize("m", [0, 1, 2, 4])
 @every_rule
 def test_matches_its_oracle(name: str, m: int) -> None:
-    """"Matches its oracle … on heterogeneous quadratics over ≥ 8 rounds …: 1e-12 relative in the
-    norm with float64 parameters, 1e-5 with float32; every rank compared; NaN fails". Replicas that
-    should be equal after a round are so bitwise; after finish() all are.
+    """Every rank, step and consensus against the oracle, relative in the norm. Replicas that should
+    be equal after a round are so bitwise; after finish() all are.
 
     0: one replica, without torch.distributed.
     """
@@ -226,7 +225,7 @@ def test_matches_its_oracle(name: str, m: int) -> None:
                 consensus = expected.consensus[1::4]
                 assert_close(of_rank["consensus"], consensus, TOLERANCE[dtype], what)
                 assert of_rank["drifts"][: case.delay] == [None] * case.delay, what
-                arrived = np.array(of_rank["drifts"][case.delay :])
+                arrived = np.array(of_rank["drifts"][case.delay :], dtype=float)  # None is NaN
                 assert np.allclose(arrived, drifts[:, rank], rtol=1e-8, atol=1e-6), what
 
 
@@ -332,8 +331,8 @@ def counting(function: Any, called: list[str]) -> Any:
     ("name", "m"), [*((name, 2) for name in sorted(RULES)), *((n, 4) for n in sorted(WITH_GROUPS))]
 )
 def test_no_collective_inside_a_round(name: str, m: int) -> None:
-    """"Zero collectives inside a round, counted"; one per type and synchronisation, and for
-    consensus() where replicas differ, unless the rule's case says otherwise."""
+    """No collective but at a round's end: one per type and synchronisation, and for consensus()
+    where replicas differ, unless the rule's case says otherwise."""
     dtypes = 2
     problem = oracle.Quadratics.make(m, SIZE)
 
@@ -417,8 +416,8 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 @every_rule
 def test_resume_at_any_step(name: str) -> None:
-    """"Save at any step (mid-round, collective in flight) and resume ≡ uninterrupted, bitwise";
-    and a run that was never saved is the same, though saving waits for what is in flight."""
+    """Resumed from any step, with or without a collective in flight, a run ends with the bits of
+    one that was not interrupted; also of one never saved, though saving waits for the flight."""
     assert min(run(resume_anywhere, 2, name, timeout=100)) >= 9 * len(cases(name))
 
 
@@ -471,8 +470,8 @@ LATER = {14: torch.float64, 32: torch.float32}
 
 @every_rule
 def test_goes_on_after_finish_and_add_param_group(name: str) -> None:
-    """After finish() training goes on from equal replicas. "add_param_group only at a boundary":
-    what the rule keeps of the others survives it, and theirs is the same trajectory."""
+    """After finish() training goes on from equal replicas. Parameters added between rounds change
+    nothing for the others: what the rule keeps of them survives, and so does their trajectory."""
     m = 2
     problem = oracle.Quadratics.make(m, SIZE, seed=5)
     ranks = run(go_on, m, name, problem)
@@ -552,8 +551,8 @@ def odd_case(rank: int, name: str, index: int, inner: str) -> None:
 
 @every_rule
 def test_parameters_of_every_kind(name: str) -> None:
-    """"Frozen, unused (grad None on some replicas), tied, channels_last, 0-dim, mixed-dtype
-    parameters work … Each parameter is aligned to 64 bytes in its flat buffer." """
+    """Whatever the parameters, they keep their strides, start at multiples of 64 bytes, and are
+    averaged whether or not a replica has a gradient for them."""
     run(odd_parameters, 2, name)
 
 
@@ -582,8 +581,7 @@ def one_batch_short(rank: int, m: int, name: str) -> list[tuple[str, int]]:
 
 @every_rule
 def test_unequal_numbers_of_batches(name: str) -> None:
-    """"Replicas that disagree on step or H are detected at the next boundary and named";
-    "overlapped rules detect one round late"."""
+    """Named on every rank at the next boundary; one round late where the rule overlaps."""
     ranks = run(one_batch_short, 2, name)
     tried = itertools.product(meeting_cases(name, 2), BATCHES)
     for ((index, _), batches), zero, one in zip(tried, *ranks, strict=True):
@@ -615,8 +613,7 @@ def one_goes_bad(rank: int, m: int, name: str) -> list[tuple[str, int]]:
 
 @every_rule
 def test_non_finite_replica_is_named(name: str) -> None:
-    """"Non-finite parameters are detected at the boundary and named"; one round late where the
-    rule overlaps."""
+    """Named on every rank at the next boundary; one round late where the rule overlaps."""
     ranks = run(one_goes_bad, 2, name)
     tried = itertools.product(meeting_cases(name, 2), NON_FINITE)
     for ((index, _), _), zero, one in zip(tried, *ranks, strict=True):

@@ -350,7 +350,7 @@ def outer_against(
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_diloco_and_bmuf_are_sgd_on_the_pseudo_gradient(nesterov: bool) -> None:
-    """"outer = SGD with Nesterov momentum on Δ …; the gradient is z - x̄, not x̄ - z"."""
+    """"Step with an outer optimizer on the pseudo-gradient Δ = z - x̄": the sign descends."""
     outer = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=nesterov)
     outer_against(BlockMomentum(outer), outer)
     outer_against(BMUF(0.9, 0.7, nesterov), outer)
@@ -359,7 +359,7 @@ def test_diloco_and_bmuf_are_sgd_on_the_pseudo_gradient(nesterov: bool) -> None:
 
 
 def test_any_outer_optimizer() -> None:
-    """"one rule that takes any torch.optim optimizer as its outer optimizer"."""
+    """The outer optimizer is whatever ``outer`` makes."""
     for make in (
         partial(torch.optim.Adam, lr=0.1),
         partial(torch.optim.AdamW, lr=0.1, amsgrad=True),
@@ -370,8 +370,8 @@ def test_any_outer_optimizer() -> None:
 
 
 def test_bmuf_by_hand() -> None:
-    """"Delta form: v ← ηv + ζ(x̄ - z); z ← z + v"; "Nesterov, textbook form:
-    z ← z + ζ(x̄ - z) + ηv_new". Every round moves x̄ by 1, with η = 1/2 and ζ = 1."""
+    """"v ← η v + ζ (x̄ - z);  z ← z + v, or with Nesterov momentum z ← z + ζ (x̄ - z) + η v". Every
+    round moves x̄ by 1, with η = 1/2 and ζ = 1."""
     moved = {}
     for nesterov in (False, True):
         p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
@@ -423,7 +423,7 @@ def heuristic(rank: int, m: int) -> list[float]:
 
 @pytest.mark.parametrize("m", [1, 4])
 def test_heuristic_momentum(m: int) -> None:
-    """"Heuristic η ≈ 1 - 1/m", for what is added later too."""
+    """"set the outer momentum to 1 - 1/m, for m replicas"; also for what is added later."""
     ranks = run(heuristic, m) if m > 1 else [heuristic(0, 1)]
     for seen in ranks:
         assert seen == [1 - 1 / m] * 6 + [0.3] * 2
@@ -525,7 +525,7 @@ def stacked(tensor: Tensor) -> Tensor:
 
 
 def elastic_forces(rank: int, m: int) -> None:
-    """"Classical: β = mα": what the replicas lose the centre wins, so Σ_i x_i + z stays; with it
+    """β = mα by default: what the replicas lose the centre wins, so Σ_i x_i + z stays; with it
     x_i and z are as the equation has them, with the old z in both."""
     replica, z = Boundaries(rank, EASGD()), torch.zeros(5, dtype=torch.float64)
     for _ in range(5):
@@ -537,8 +537,8 @@ def elastic_forces(rank: int, m: int) -> None:
 
 
 def anchor_of_pulled_models(rank: int, m: int) -> None:
-    """"With β = 0, z is the mean of pulled models" of one boundary ago; "first round: the initial
-    model"."""
+    """"With β = 0 the anchor is the last mean of pulled replicas", of one boundary ago; at the
+    first boundary it is the initial model."""
     replica, z = Boundaries(rank, OverlapLocalSGD(0.6, 0.0)), torch.zeros(5, dtype=torch.float64)
     for _ in range(5):
         before, after = map(stacked, replica.round())
@@ -547,7 +547,7 @@ def anchor_of_pulled_models(rank: int, m: int) -> None:
 
 
 def corrected_by_the_mean(rank: int, m: int) -> None:
-    """"x_i ← mean(s) + (x_i - s_i); s_i ← x_i … First boundary only launches"."""
+    """"x_i ← mean(s) + (x_i - s_i) … The first round's end only launches"."""
     replica, s = Boundaries(rank, CoCoDSGD()), None
     for _ in range(5):
         before, after = map(stacked, replica.round())
@@ -568,8 +568,8 @@ ELECTIONS = [
 
 
 def elections(rank: int, m: int) -> None:
-    """"c = 1, p = 0 copies the leader", to the bits; "ties → lowest rank"; "a NaN loss never
-    leads"; "lowest running training loss (mean over the round)"."""
+    """"Among equal losses the lowest rank leads; a NaN never does"; the loss is the round's mean.
+    With c = 1 and p = 0 followers have the leader's bits."""
     for losses, leader, of_groups in ELECTIONS:
         for dtype in (torch.float32, torch.float64):
             replica = Boundaries(rank, LSGD(c=1.0, p=0.0), 2, dtype)
@@ -586,13 +586,13 @@ def elections(rank: int, m: int) -> None:
                 rows = [leader] * m if every else [of_groups[i // 2] for i in range(m)]
                 assert torch.equal(after, before[rows]), (losses, every)
     replica = Boundaries(rank, LSGD())
-    with pytest.raises(NonFiniteError, match="no replica has a training loss that is a number"):
+    with pytest.raises(NonFiniteError, match="training loss that is a number"):
         replica.round(NAN)
 
 
 def data_parallel_in_groups(rank: int, m: int) -> None:
-    """With SGD, momentum included, H = 1: "gradients averaged inside the node every step and
-    parameters across nodes every H"."""
+    """With H = 1 and SGD, momentum included, for it is linear: data-parallel inside the groups,
+    and parameters averaged across them every few steps."""
     every, problem = 3, oracle.Quadratics.make(m, 20)
     ours = trajectory(rank, problem, HierarchicalAverage(2, every), period=Constant(1))
     p = nn.Parameter(torch.tensor(problem.x0))
@@ -610,7 +610,7 @@ def data_parallel_in_groups(rank: int, m: int) -> None:
 
 
 def at_a_rate_of_zero(rank: int, m: int) -> None:
-    """"Refuse γ = 0", with the reason, and not before the boundary."""
+    """What is divided by a mean rate of 0 is refused with the reason, and not before the end."""
     for rule in (SlowMo(0.5), OverlapLocalSGD(normalize_by_lr=True)):
         p = nn.Parameter(torch.zeros(3))
         optimizer = LocalOptimizer(torch.optim.SGD([p], 0.0), Constant(2), rule)
@@ -635,7 +635,8 @@ def test_at_the_boundary(claim: Callable[[int, int], None]) -> None:
 
 
 def test_leaders_need_the_loss_of_every_step() -> None:
-    """"The loss comes from step(closure) or record_loss(loss)"; without, the first step says so."""
+    """"The loss comes from ``step(closure)`` or `LocalOptimizer.record_loss`, called before the
+    step"; where it does not, the first step says so."""
 
     def new() -> tuple[nn.Parameter, LocalOptimizer]:
         p = nn.Parameter(torch.ones(3))
@@ -682,8 +683,8 @@ def post_local_h(step: int, lr: float) -> int:
 
 
 def test_rounds_of_all_lengths() -> None:
-    """"Any inner optimizer × any period × any rule": H = 1 five times, then 7, 7 and the 4 steps
-    that are left. (QSR's growing rounds are in the contract test.)"""
+    """Any period goes with any rule: H = 1 five times, then 7, 7 and the 4 steps that are left.
+    (QSR's growing rounds are in the contract test.)"""
     problem = oracle.Quadratics.make(2, test_contract.SIZE)
     ranks = run(post_local, 2, problem)
     for name, index, inner in ranks[0]:
@@ -737,8 +738,8 @@ def late(rank: int, m: int) -> dict[str, tuple[float, float, float, float]]:
 
 
 def test_overlapped_rules_overlap() -> None:
-    """"launching the collective and collecting it at the next boundary": whose peer is late does
-    not wait for it, and what that took is hidden; the others stand still for it."""
+    """Who comes to a boundary before a late peer does not wait for it, and the time that the
+    collective took is hidden; under rules that do not overlap training stands still for it."""
     zero, _ = run(late, 2)
     for name in OVERLAPPED:
         boundary, second, hidden, exposed = zero[name]
