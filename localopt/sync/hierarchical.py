@@ -51,4 +51,5 @@ class HierarchicalAverage(Rule):
     def end_round(self) -> None:
         meets_all = (self.replica.round + 1) % self.global_every == 0
         self.replica.mean_(levels=None if meets_all else 1)
-        self.replicas_agree = meets_all
+        one_group = self.group_size == self.replica.collective.world_size
+        self.replicas_agree = meets_all or one_group
