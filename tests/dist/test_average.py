@@ -109,8 +109,7 @@ def against_bare_in_a_group(rank: int, m: int) -> None:
 
 
 def test_one_replica_is_the_bare_optimizer() -> None:
-    """"Works without torch.distributed initialised, and with one replica: Average is then the
-    inner optimizer, bit for bit"."""
+    """One replica under Average is the inner optimizer, bit for bit, in a process group or none."""
     assert not dist.is_initialized()
     against_bare()
     run(against_bare_in_a_group, 1)
@@ -434,7 +433,7 @@ def grow(rank: int, m: int) -> list[float]:
 
 
 def test_add_param_group() -> None:
-    """"add_param_group only at a boundary, on all ranks"."""
+    """Groups are added between rounds, on all ranks alike."""
     zero, one = run(grow, 2)
     assert zero == one
 
@@ -475,8 +474,7 @@ def scaled(rank: int, m: int) -> list[Any]:
 
 
 def test_grad_scaler() -> None:
-    """"An inner step that GradScaler skips on one replica still counts towards the round on all";
-    with auto, without it, unscaled before or not, and with an inner optimizer that unscales."""
+    """A step that GradScaler skips on one replica is a step of the round all the same: with auto, without it, unscaled before or not, and with an inner optimizer that unscales."""
     zero, one = run(scaled, 2)
     for (x, scale), (y, other_scale) in zip(zero, one, strict=True):
         assert np.array_equal(x, y)

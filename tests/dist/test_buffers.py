@@ -76,8 +76,8 @@ INTEGERS = ("norm.num_batches_tracked", "count", "flags", "bytes")
 
 
 def test_start_is_rank_0s() -> None:
-    """"Parameters start equal on all ranks": with model=, also those that the optimizer does not
-    own, and buffers of every type."""
+    """All replicas start alike: with model=, also in parameters that the optimizer does not own,
+    and in buffers of every type."""
     zero, one, two, three = (seen["start"] for seen in run(a_round, 4, "keep"))
     assert zero == one == two == three
     model = Net(0)

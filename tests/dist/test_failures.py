@@ -91,8 +91,7 @@ def out_of_step(rank: int, m: int) -> dict[str, str]:
 
 
 def test_out_of_step() -> None:
-    """"Replicas that disagree on step or H are detected at the next boundary and named": also a
-    different kind of call. On every rank, with the same words."""
+    """Replicas at another step, with another H or in another call are named, alike on all ranks."""
     ranks = run(out_of_step, 4)
     for name, message in ranks[0].items():
         assert all(other[name] == message for other in ranks), name
@@ -154,8 +153,7 @@ def built_differently(rank: int, m: int) -> dict[str, str]:
 
 
 def test_built_differently() -> None:
-    """"All ranks compare a hash of names, shapes, strides, dtypes, rule and period (through the
-    store, so that a difference is named instead of crashing a collective)"."""
+    """Any difference in layout, rule, period or options is named at construction, on all ranks."""
     ranks = run(built_differently, 3)
     for name, (_, text) in DIFFERENCES.items():
         assert all(messages[name] == ranks[0][name] for messages in ranks), name
@@ -174,7 +172,7 @@ def never_builds(rank: int, m: int) -> str:
 
 
 def test_rank_that_never_builds() -> None:
-    """"What the header cannot see (a rank that never arrives …)": the time-out names it."""
+    """A rank that never builds its optimizer is named by those that waited for it."""
     zero, _, two = run(never_builds, 3)
     assert zero.startswith("rank 1 did not arrive within 2 s")
     assert two.startswith("rank 1 did not arrive within 2 s")
@@ -202,7 +200,7 @@ def bad_values(rank: int, m: int) -> list[str]:
 
 
 def test_non_finite_is_named() -> None:
-    """"Non-finite parameters are detected at the boundary and named": rank and parameter."""
+    """NaN and infinity are named where the round ends: which rank, which parameter."""
     zero, one = run(bad_values, 2)
     assert zero == one
     for i, message in enumerate(zero):

@@ -76,7 +76,7 @@ def test_the_reader_reads(tmp_path: Path) -> None:
 
 
 def test_localopt_imports_only_torch() -> None:
-    """"localopt imports torch and the standard library, nothing else"."""
+    """The library needs torch alone."""
     allowed = {"torch", "localopt", *sys.stdlib_module_names}
     for path in files("localopt"):
         foreign = [name for name in imports(path) if name.split(".")[0] not in allowed]
@@ -93,8 +93,7 @@ KNOWN_BY = {
 
 @pytest.mark.parametrize("package", KNOWN_BY)
 def test_who_knows_whom(package: str) -> None:
-    """"main → training → {localopt, data}; from_scratch → data"; data and localopt are
-    strangers; nobody imports main or tests."""
+    """Who may import whom; nobody imports main or tests."""
     if not files(package):
         pytest.skip(f"{package} does not exist yet")
     strangers = (OURS - KNOWN_BY[package]) | {"main", "tests", "benchmarks", "experiments"}
@@ -107,13 +106,13 @@ def test_main_is_the_training_program() -> None:
 
 
 def test_period_and_sync_are_strangers() -> None:
-    """"period and sync are strangers to each other"."""
+    """Any period goes with any rule: neither knows of the other."""
     assert offences([ROOT / "localopt/period.py"], "localopt.sync", "localopt.optimizer") == []
     assert offences(files("localopt/sync"), "localopt.period", "localopt.optimizer") == []
 
 
 def test_rules_are_strangers() -> None:
-    """"one rule doesn't import another"."""
+    """A rule is its own file and nothing else."""
     folder = ROOT / "localopt/sync"
     rules = [path for path in files("localopt/sync") if path.stem not in ("__init__", "rule")]
     assert rules
@@ -140,7 +139,7 @@ def named(path: Path) -> Iterator[str]:
 
 
 def test_collectives_appear_in_one_module() -> None:
-    """"Collectives only in collective.py"."""
+    """What travels can be counted in one place."""
     home = ROOT / "localopt/collective.py"
     assert COLLECTIVES & set(named(home)), "the names are still torch's"
     for path in files("localopt"):
@@ -152,7 +151,7 @@ def test_collectives_appear_in_one_module() -> None:
 
 
 def test_deepspeed_appears_in_one_module() -> None:
-    """"DeepSpeed only in engine.py"."""
+    """DeepSpeed can be replaced in one place."""
     paths = [path for package in OURS for path in files(package)] + [ROOT / "main.py"]
     paths = [path for path in paths if path.exists() and path != ROOT / "training/engine.py"]
     assert offences(paths, "deepspeed") == []

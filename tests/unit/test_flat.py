@@ -173,8 +173,7 @@ MOVES = {
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 def test_moved_parameters_are_detected(move: Any) -> None:
-    """"Anything else that re-points parameters afterwards is detected and refused with the
-    reason", at the latest when the round ends or the next begins."""
+    """Parameters moved out of their memory are found when the round ends or the next begins."""
     model = nn.Conv2d(2, 2, 3)
     optimizer = LocalSGD(model.parameters(), period=Constant(2), model=model)
     for _ in range(2):

@@ -408,7 +408,7 @@ class RateFree(torch.optim.Optimizer):
 
 
 def test_rate_free_optimizers() -> None:
-    """"A learning-rate-free inner optimizer (schedule-free) gives QSR no signal: refuse"."""
+    """A period that follows the rate is refused where there is none to follow."""
     for make in (SGDScheduleFree, RateFree):
         for period in (QSR(0.1, 2), PowerRule(0.1, 2, 3)):
             inner = make(network().parameters())

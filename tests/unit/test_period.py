@@ -112,8 +112,7 @@ def test_rounds_tile_the_run(
     rate: float,
     decay: float,
 ) -> None:
-    """"Always clamped to total_steps - step (≥1) …, constants and warm-up rounds included, so
-    that a run ends synchronised"; 1 ≤ H ≤ h_max."""
+    """Every period, warm-up included, ends its last round with the run; 1 ≤ H ≤ h_max."""
     period = make(warmup_steps=warmup, warmup_h=warmup_h, total_steps=total, h_max=h_max)
     rounds = rounds_of(period, total, lambda step: rate * decay**step)
     assert sum(rounds[-1]) == total
@@ -149,7 +148,7 @@ def test_power_rule_by_hand(power: float, expected: int) -> None:
 
 @pytest.mark.parametrize("lr", [0.0, -0.0, -1e-3, -math.inf, 5e-324, 1e-300, 1e-160, 1e-12])
 def test_vanishing_rate(lr: float) -> None:
-    """"lr ≤ 0 gives H_max, or all the steps left"; so does one whose H overflows."""
+    """A rate of zero asks for the longest round there is; so does one whose H overflows."""
     assert QSR(0.1, 2, total_steps=100)(40, lr) == 60
     assert QSR(0.1, 2, h_max=50)(40, lr) == 50
     assert QSR(0.1, 2, h_max=50, total_steps=100)(70, lr) == 30
@@ -169,8 +168,7 @@ def test_rate_that_is_not_a_number() -> None:
 
 
 def test_warm_up() -> None:
-    """"warmup_h (default H_base; H for Constant) while step < warmup_steps, then the period; a
-    round begun in warm-up may run past it"."""
+    """warmup_h, or else the base, in rounds that begin in the warm-up; these may run past it."""
     assert [QSR(1.0, 4, warmup_steps=10)(step, 0.1) for step in (0, 9, 10)] == [4, 4, 100]
     late = QSR(1.0, 4, warmup_steps=10, warmup_h=6)
     assert [late(step, 0.1) for step in (0, 6, 9, 10)] == [6, 6, 6, 100]
@@ -181,14 +179,14 @@ def test_warm_up() -> None:
 
 
 def test_post_local() -> None:
-    """"1 until switch_step, then H"."""
+    """H = 1 up to the switch, h from there."""
     period = PostLocal(switch_step=5, h=4, total_steps=15)
     rounds = rounds_of(period, 15, lambda step: 0.1)
     assert rounds == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (5, 4), (9, 4), (13, 2)]
 
 
 def test_swap() -> None:
-    """"1 until switch_step, then one round to the end"."""
+    """H = 1 up to the switch, one round from there."""
     assert rounds_of(SWAP(3, total_steps=11), 11, lambda step: 0.1) == [
         (0, 1), (1, 1), (2, 1), (3, 8),
     ]  # fmt: skip
