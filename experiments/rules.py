@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,8 @@ RULES: dict[str, tuple[str, list[str]]] = {
     "Average": ("localsgd-qsr", ["--period", "constant", "--h-base", "4"]),
     "Average, QSR": ("localsgd-qsr", []),
     "HierarchicalAverage": ("hierarchical", []),
-    "BMUF": ("bmuf", []),
-    "BMUF, Nesterov": ("bmuf", ["--sync-settings", "nesterov=true"]),
+    "BMUF": ("bmuf", ["--sync-settings", "nesterov=false"]),
+    "BMUF, Nesterov": ("bmuf", []),
     "SlowMo": ("slowmo", []),
     "DiLoCo": ("diloco", []),
     "EASGD": ("easgd", []),
@@ -119,29 +120,47 @@ def append(path: Path, row: dict[str, object]) -> None:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Means over the seeds, as Markdown."""
-    lines = [
-        "| rule | replicas | seeds | test accuracy | synchronisations | sent per replica | exposed | hidden |",  # noqa: E501
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for replicas in sorted({int(row["replicas"]) for row in rows}):
-        for rule in RULES:
-            mine = [r for r in rows if r["rule"] == rule and int(r["replicas"]) == replicas]
-            if mine:
-                lines.append(_line(rule, replicas, mine))
+    """Means over the seeds, as Markdown: a line per rule, figures for each number of replicas."""
+    counts = sorted({int(row["replicas"]) for row in rows})
+    cells = {
+        (rule, m): [r for r in rows if r["rule"] == rule and int(r["replicas"]) == m]
+        for rule in RULES
+        for m in counts
+    }
+    accuracies = [f"test accuracy, {m} replicas" for m in counts]
+    several = ", ".join(map(str, counts))
+    rest = [f"{what} ({several})" for what in ("MB sent per replica", "s exposed", "s hidden")]
+    heads = ["rule", *accuracies, "synchronisations", *rest]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for rule in RULES:
+        if any(cells[rule, m] for m in counts):
+            lines.append(_line(rule, [cells[rule, m] for m in counts]))
     return "\n".join(lines)
 
 
-def _line(rule: str, replicas: int, rows: list[dict[str, str]]) -> str:
-    def mean(column: str) -> float:
-        return sum(float(row[column]) for row in rows) / len(rows)
+def _line(rule: str, runs: list[list[dict[str, str]]]) -> str:
+    def means(column: str, scale: float, form: str) -> str:
+        return ", ".join(
+            format(statistics.fmean(float(r[column]) for r in rows) * scale, form) if rows else "-"
+            for rows in runs
+        )
 
-    accuracy, interval = mean_and_interval([100 * float(row["top1"]) for row in rows])
-    return (
-        f"| {rule} | {replicas} | {len(rows)} | {accuracy:.2f} ± {interval:.2f} % | "
-        f"{mean('syncs'):,.0f} of {mean('steps'):,.0f} | {mean('bytes') / 1e6:,.0f} MB | "
-        f"{mean('exposed'):.1f} s | {mean('hidden'):.1f} s |"
-    )
+    accuracies = [_accuracy(rows) for rows in runs]
+    one = next(rows for rows in runs if rows)[0]
+    figures = [
+        f"{int(one['syncs']):,} of {int(one['steps']):,}",
+        means("bytes", 1e-6, ",.0f"),
+        means("exposed", 1, ".1f"),
+        means("hidden", 1, ".1f"),
+    ]
+    return "| " + " | ".join([rule, *accuracies, *figures]) + " |"
+
+
+def _accuracy(rows: list[dict[str, str]]) -> str:
+    if not rows:
+        return "-"
+    mean, interval = mean_and_interval([100 * float(row["top1"]) for row in rows])
+    return f"{mean:.2f} ± {interval:.2f} %"
 
 
 if __name__ == "__main__":
