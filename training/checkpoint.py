@@ -123,7 +123,10 @@ def load(
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:  # of another version, or other settings inside the rule
+        raise ConfigError(f"resume_pth {path}: {error}") from None
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)  # this run's config decides, not the saved one
     torch.set_rng_state(state["rng"])
