@@ -54,7 +54,7 @@ class Pending:
 
     Args:
         works: what was launched.
-        bytes: that this rank sends for it.
+        sent: bytes that this rank sends for it.
     """
 
     def __init__(self, works: Sequence[dist.Work], sent: int) -> None:

@@ -221,8 +221,9 @@ class LocalOptimizer(Optimizer):
         self._refuse_in_consensus("step()")
         if self._replica.remaining == 0:
             self._begin_round()
-        self._replica.record_lr(self.inner.param_groups[0].get("lr", math.nan))
+        lr = self.inner.param_groups[0].get("lr", math.nan)
         loss = self._inner_step(closure)
+        self._replica.record_lr(lr)
         if _is_number(loss) and not self._replica.has_loss:
             self.record_loss(loss)
         if self.auto:

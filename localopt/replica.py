@@ -460,6 +460,7 @@ class Replica:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+        self._forget_round()
         for key in _PLACE:
             setattr(self, key, state[key])
         self._rate_sum, self._loss_sum = state["rate_sum"], state["loss_sum"]

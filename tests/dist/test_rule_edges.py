@@ -65,6 +65,7 @@ def roll_back(rank: int, m: int) -> None:
         for _ in range(3):  # from one state, three times over
             steps(optimizer, p, rank, 6)  # with overlap, a collective is in flight at the end
             seen.append(p.detach().clone())
+            optimizer.record_loss(float("nan"))  # seen, and not stepped on
             with torch.no_grad():
                 p.copy_(weights)
             optimizer.load_state_dict(copy.deepcopy(state))
@@ -209,6 +210,27 @@ def test_nan_in_one_group_is_named_in_all() -> None:
     assert len(set(told)) == 1 and told[0].startswith("rank 1 brought NaN or infinity")
     told = run(nan_in_a_group, 4, True)
     assert len(set(told)) == 1 and told[0].startswith("ranks 0, 1 brought no training loss")
+
+
+# Rates.
+
+
+def test_a_step_that_failed_has_no_rate() -> None:
+    """γ is the mean over the steps that were made."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = LocalSGD([p], 0.5, period=Constant(3), sync=SlowMo(beta=0.5))
+
+    def fails() -> float:
+        raise KeyError("no batch")
+
+    p.grad = torch.ones(1)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 100.0
+    with pytest.raises(KeyError):
+        optimizer.step(fails)
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    assert optimizer._replica.lr == 0.375
 
 
 # Parameters.
