@@ -44,6 +44,12 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 if __name__ == "__main__":
     try:
+        if any(word.startswith("--plan") for word in sys.argv[1:]):
+            from training.plan import plan
+            from training.plan_report import report
+
+            print(report(plan(sys.argv[1:])))
+            sys.exit()
         settings = load(sys.argv[1:])
     except ConfigError as problem:
         fail(str(problem))

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     SHIFT = 5  # where a crop of the padded image lies
     SHARDS = 6  # which images a replica owns, where the replicas' shards are skewed
     SHARD_ORDER = 7  # in which order it goes through them
+    MIXUP = 8  # how much of its neighbour an image takes; in place of the epoch, the step
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -243,13 +244,25 @@ def bits(seed: int, epoch: int, indices: np.ndarray, count: int, stream: int) ->
     state = np.zeros(1, np.uint64)  # not a scalar: NumPy warns when those wrap around
     for part in (seed, epoch, stream):
         state = _mix((state + np.uint64(_GOLDEN)) ^ np.uint64(part))
-    start = _mix(state ^ _mix(np.asarray(indices).astype(np.uint64)))  # (m,)
+    return words(_mix(state ^ _mix(np.asarray(indices).astype(np.uint64))), count)
+
+
+def words(starts: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` words of splitmix64 streams.
+
+    Args:
+        starts: (m,) uint64, the streams' starting states.
+        count: words per stream.
+
+    Returns:
+        (m, count) uint64.
+    """
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)  # (count,)
-    return _mix(start[:, None] + steps)
+    return _mix(starts[:, None] + steps)
 
 
 def draws(seed: int, epoch: int, indices: np.ndarray, count: int, stream: int) -> np.ndarray:
-    """`count` uniform numbers per sample: the upper 53 of each of `bits`' words.
+    """`count` uniform numbers per sample, from `bits`' words.
 
     Args:
         as `bits`.
@@ -257,7 +270,12 @@ def draws(seed: int, epoch: int, indices: np.ndarray, count: int, stream: int) -
     Returns:
         (m, count) float64 in [0, 1).
     """
-    return (bits(seed, epoch, indices, count, stream) >> np.uint64(11)) * 2.0**-53
+    return uniform(bits(seed, epoch, indices, count, stream))
+
+
+def uniform(bits: np.ndarray) -> np.ndarray:
+    """Words of any shape, uint64, as numbers in [0, 1), float64: the upper 53 bits of each."""
+    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -268,7 +268,7 @@ class LocalOptimizer(Optimizer):
         replica = self._replica
         replica.flat.check_pointers()
         self._check_model()
-        if replica.step == 0:
+        if replica.round == 0:
             self.sync.begin()
         h = self.period(replica.step, float(self.inner.param_groups[0].get("lr", math.nan)))
         if not isinstance(h, int) or not 1 <= h < 2**63:
@@ -330,6 +330,18 @@ class LocalOptimizer(Optimizer):
     def _unscale(self, factor: float) -> None:
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         torch._foreach_mul_([g for g in grads if g is not None], factor)
+
+    def start_at(self, step: int) -> None:
+        """Count steps from ``step``: for a run that starts inside a schedule, from given weights.
+
+        The period sees these numbers. All ranks must say the same.
+
+        Raises:
+            RuntimeError: after the first step.
+        """
+        if self._replica.round or self._replica.remaining:
+            raise RuntimeError(f"start_at({step}) after {self._replica.step} steps: call it first")
+        self._replica.step = step
 
     # The model to evaluate, and the end.
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# recipe/cifar10-resnet18-overlap.yml on this host's replicas, as quickstart.sh runs its own. Arguments go to main.py.
+# recipe/cifar10-resnet18-overlap.yml on this host's replicas. Arguments go to main.py.
 # CIFAR-10 has to be there: python -m data.write cifar10 --folder FOLDER --out .localopt/data/cifar10
 set -euo pipefail
-exec "$(dirname "${BASH_SOURCE[0]}")/quickstart.sh" --recipe-pth recipe/cifar10-resnet18-overlap.yml "$@"
+exec "$(dirname "${BASH_SOURCE[0]}")/run.sh" recipe/cifar10-resnet18-overlap.yml "$@"

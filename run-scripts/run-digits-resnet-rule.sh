@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# recipe/digits-resnet-RULE.yml on two replicas, as quickstart.sh runs its own:
+# recipe/digits-resnet-RULE.yml on two replicas:
 #
 #   run-scripts/run-digits-resnet-rule.sh easgd
 #   run-scripts/run-digits-resnet-rule.sh overlap --track-replicas
@@ -14,4 +14,4 @@ if [[ ! -f "$folder/../$recipe" ]]; then
     echo "run-digits-resnet-rule.sh: no rule '${1:-}': give one of $names" >&2
     exit 2
 fi
-exec "$folder/quickstart.sh" --recipe-pth "$recipe" "${@:2}"
+exec "$folder/run.sh" "$recipe" "${@:2}"

@@ -18,7 +18,7 @@ die() { say "$@"; exit 1; }
 
 # The path is part of it: what pip installs from this folder doesn't survive a move.
 fingerprint() {
-    { printf '%s\n' "$root"; cat requirements.txt pyproject.toml run-scripts/setup.sh; } | sha256sum
+    { printf '%s\n' "$root"; cat requirements*.txt pyproject.toml run-scripts/setup.sh; } | sha256sum
 }
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
@@ -99,9 +99,10 @@ make_venv "$base"
 # One command, so that torch is chosen together with everything that depends on it. FFCV comes as
 # source: --use-pep517 builds it the same way with every version of pip.
 "$python" -m pip install --disable-pip-version-check --use-pep517 -r requirements.txt -e .
+"$python" -m pip install --disable-pip-version-check --no-deps -r requirements-no-deps.txt
 # -P: find localopt where pip put it, not in this folder. torchvision is left out: with a CPU-only
 # torch it imports only after the repair in training/models.py.
-modules='cv2, deepspeed, einops, ffcv, localopt, numba, PIL, pytest, sklearn, torch, wandb, yaml'
+modules='cv2, deepspeed, einops, ffcv, localopt, numba, PIL, pytest, scipy, sklearn, torch, wandb, yaml'
 "$python" -P -c "import $modules" ||
     die "installed, but an import fails (above); remove $root/.venv and run this again"
 # pip wrote this folder's path into the script's first line, which the kernel cuts at a space.

@@ -10,16 +10,18 @@ import hashlib
 import json
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from localopt import LocalOptimizer, control
 from localopt.collective import Collective
 
-from .config import Config, ConfigError
+from .config import DEFAULTS, Config, ConfigError, absolute
 from .engine import PATIENCE
 from .optimizers import DataParallel
 
@@ -28,16 +30,40 @@ FORMAT = 1
 
 # Settings without which the saved states would mean something else.
 _FITTING = (
-    "model", "optimizer", "data", "total_batch_size", "label_skew", "sync", "sync_settings",
+    "model", "blurpool", "squeeze_excite", "optimizer", "data", "total_batch_size", "label_skew",
+    "sync", "sync_settings", "precision", "ema",
 )  # fmt: skip
+
+
+class Stateful(Protocol):
+    """What is saved beside model and optimizer, where a run has it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class State:
+    """All that changes in training on one rank; ``scaler`` and ``ema`` where the run has them."""
+
+    model: nn.Module
+    optimizer: LocalOptimizer | DataParallel
+    scaler: Stateful | None = None
+    ema: Stateful | None = None
+
+    @property
+    def beside(self) -> dict[str, Stateful]:
+        """What is saved beside model and optimizer, by its key in the file."""
+        optional = {"scaler": self.scaler, "ema": self.ema}
+        return {key: part for key, part in optional.items() if part is not None}
 
 
 def save(
     folder: Path,
     step: int,
     config: Config,
-    model: nn.Module,
-    optimizer: LocalOptimizer | DataParallel,
+    state: State,
     collective: Collective,
     *,
     publishes: bool,
@@ -54,14 +80,15 @@ def save(
     final = folder / f"step-{step:08d}"
     draft = folder / f".{final.name}.tmp"
     draft.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Any] = {"model": model.state_dict(), "rng": torch.get_rng_state()}
+    saved: dict[str, Any] = {"model": state.model.state_dict(), "rng": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
+        saved["cuda_rng"] = torch.cuda.get_rng_state()
     if config.save_opt:
-        state["optimizer"] = optimizer.state_dict()
+        saved["optimizer"] = state.optimizer.state_dict()
+    saved |= {key: part.state_dict() for key, part in state.beside.items()}
     name = _rank_file(collective.rank)
     with (draft / name).open("wb") as file:
-        torch.save(_owned(state), file)
+        torch.save(_owned(saved), file)
         file.flush()
         os.fsync(file.fileno())
     told = json.dumps({"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)})
@@ -91,80 +118,158 @@ def _publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     os.close(descriptor)
 
 
-def load(
-    path: Path,
-    config: Config,
-    model: nn.Module,
-    optimizer: LocalOptimizer | DataParallel,
-    collective: Collective,
-) -> int:
-    """Restore this rank's model, optimizer and random state; return the step.
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill ``model`` from a file of weights: a state_dict, or one rank's file of a checkpoint.
 
     Raises:
-        ConfigError: if the checkpoint is missing, damaged, or of another kind of run.
+        ConfigError: if the file is missing or damaged, or fits another model.
     """
-    manifest = _manifest(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"resume_pth {path}: {error.strerror}") from None
+    except Exception as error:  # torch does not say what it raises for a file of another kind
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"resume_pth {path}: not a file of weights: {reason}") from None
+    weights = content.get("model", content) if isinstance(content, dict) else content
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ConfigError(f"resume_pth {path}: weights of another model: {reason}") from None
+
+
+def resume(config: Config, state: State, collective: Collective, steps_per_epoch: int) -> int:
+    """Restore what ``resume_pth`` names; return the step to go on from.
+
+    A checkpoint brings its own step. With a file of weights, which the model has already, steps are
+    counted from ``resume_from_step`` or ``resume_from_epoch``, and the first round begins there.
+
+    Raises:
+        ConfigError: if the checkpoint is missing, damaged, of another kind of run, or at another
+            step than asked for.
+    """
+    path, wanted = absolute(config.resume_pth), _wanted_step(config, steps_per_epoch)
+    if not path.is_file():
+        if config.optimizer_resume_pth:
+            raise ConfigError(
+                f"optimizer_resume_pth is {config.optimizer_resume_pth!r}: resume_pth {path} is a "
+                "checkpoint, which has its own optimizer state; leave it out"
+            )
+        manifest = _manifest(path)
+        step = int(manifest["step"])
+        if wanted not in (None, step):
+            raise ConfigError(f"resume_pth {path}: at step {step}, and {wanted} was asked for")
+        _load(path, manifest, config, state, collective)
+        return step
+    if config.optimizer_resume_pth:
+        _load_inner_optimizer(config, state.optimizer, collective)
+    if isinstance(state.optimizer, LocalOptimizer):
+        state.optimizer.start_at(wanted or 0)
+    return wanted or 0
+
+
+def _wanted_step(config: Config, steps_per_epoch: int) -> int | None:
+    if config.resume_from_step != -1:
+        return config.resume_from_step
+    return None if config.resume_from_epoch == -1 else config.resume_from_epoch * steps_per_epoch
+
+
+def _load_inner_optimizer(
+    config: Config, optimizer: LocalOptimizer | DataParallel, collective: Collective
+) -> None:
+    path = absolute(config.optimizer_resume_pth)
+    name = _rank_file(collective.rank if config.multiple_optimizers else 0)
+    manifest = _manifest(path, "optimizer_resume_pth")
+    if name not in manifest["files"]:
+        raise ConfigError(
+            f"optimizer_resume_pth {path}: saved by {manifest['world_size']} replicas, so there is "
+            f"no {name}; set multiple_optimizers to false to give all replicas rank 0's"
+        )
+    saved = _rank_state(path, manifest, name, "optimizer_resume_pth").get("optimizer")
+    if saved is None:
+        raise ConfigError(f"optimizer_resume_pth {path}: saved without optimizer state")
+    inner = {key: saved[key] for key in ("state", "param_groups")}
+    _load_optimizer(optimizer.inner, inner, f"optimizer_resume_pth {path}")
+
+
+def _load_optimizer(
+    optimizer: Optimizer | LocalOptimizer | DataParallel, saved: dict[str, Any], where: str
+) -> None:
+    """Restore an optimizer; its settings stay those of this run's config."""
+    configured = [
+        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:  # of another version, or other settings inside the rule
+        raise ConfigError(f"{where}: {error}") from None
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
+
+
+def _load(
+    path: Path, manifest: dict[str, Any], config: Config, state: State, collective: Collective
+) -> None:
+    """Restore this rank's model, optimizer and random state."""
     if manifest["world_size"] != collective.world_size:
         raise ConfigError(
             f"resume_pth {path}: saved by {manifest['world_size']} replicas, this run has "
             f"{collective.world_size}"
         )
     for key in _FITTING:
-        saved, mine = manifest["config"].get(key), config.as_dict()[key]
+        saved, mine = manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
         if saved != mine:
             raise ConfigError(
                 f"resume_pth {path}: saved with {key} {saved!r}, this run has {mine!r}"
             )
-    state = _rank_state(path, manifest, _rank_file(collective.rank))
-    if "optimizer" not in state:
+    content = _rank_state(path, manifest, _rank_file(collective.rank))
+    if "optimizer" not in content:
         raise ConfigError(f"resume_pth {path}: saved without optimizer state (save_opt: false)")
-    model.load_state_dict(state["model"])
-    configured = [
-        {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for group in optimizer.param_groups
-    ]
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:  # of another version, or other settings inside the rule
-        raise ConfigError(f"resume_pth {path}: {error}") from None
-    for group, settings in zip(optimizer.param_groups, configured, strict=True):
-        group.update(settings)  # this run's config decides, not the saved one
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return int(manifest["step"])
+    state.model.load_state_dict(content["model"])
+    _load_optimizer(state.optimizer, content["optimizer"], f"resume_pth {path}")
+    for key, part in state.beside.items():
+        part.load_state_dict(content[key])
+    torch.set_rng_state(content["rng"])
+    if "cuda_rng" in content and torch.cuda.is_available():
+        torch.cuda.set_rng_state(content["cuda_rng"])
 
 
 def identity(path: Path) -> str:
-    """A text that tells this checkpoint from others; ranks compare it before they load.
+    """A text that tells this checkpoint, or file of weights, from others; ranks compare it first.
 
     Raises:
         ConfigError: if there is no whole checkpoint.
     """
+    if path.is_file():
+        return f"weights {_sha256(path)}"
     step = _manifest(path)["step"]
     return f"step {step}, manifest {_sha256(path / MANIFEST)}"
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path, setting: str = "resume_pth") -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
-            f"resume_pth {path}: no {MANIFEST} there, so no whole checkpoint"
+            f"{setting} {path}: no {MANIFEST} there, so no whole checkpoint"
         ) from None
     except ValueError:
-        raise ConfigError(f"resume_pth {path}: {MANIFEST} is damaged") from None
+        raise ConfigError(f"{setting} {path}: {MANIFEST} is damaged") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ConfigError(f"resume_pth {path}: {MANIFEST} is not of format {FORMAT}")
+        raise ConfigError(f"{setting} {path}: {MANIFEST} is not of format {FORMAT}")
     return manifest
 
 
-def _rank_state(path: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
+def _rank_state(
+    path: Path, manifest: dict[str, Any], name: str, setting: str = "resume_pth"
+) -> dict[str, Any]:
     file, recorded = path / name, manifest["files"][name]
     if not file.exists():
-        raise ConfigError(f"resume_pth {path}: {name} is missing")
+        raise ConfigError(f"{setting} {path}: {name} is missing")
     if file.stat().st_size != recorded["bytes"] or _sha256(file) != recorded["sha256"]:
-        raise ConfigError(f"resume_pth {path}: {name} is damaged: not what {MANIFEST} recorded")
+        raise ConfigError(f"{setting} {path}: {name} is damaged: not what {MANIFEST} recorded")
     return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -41,19 +41,30 @@ class Config:
     # fmt: off
     data: str = _setting("digits", "data", "data set: the folder below data_pth with train.beton, val.beton")
     data_pth: str = _setting(".localopt/data", "data", "folder of data sets (host file)")
-    resolution: int = _setting(32, "data", "training and validation images are this many pixels square")
-    crop_scale: tuple[float, float] = _setting((0.08, 1.0), "data", "share of an image's area that a random crop keeps")
-    crop_padding: int = _setting(0, "data", "pad training images with so many black pixels on each side and crop their own size at random, instead of crop_scale; 0: do not")
-    flip: bool = _setting(True, "data", "mirror half of the training images")
-    val_crop_ratio: float = _setting(0.875, "data", "validation: side of the centre crop over the shorter side")
+    resolution: int = _setting(-1, "data", "training and validation images are this many pixels square; -1: as the data set stores them, if all are alike")
+    val_crop_ratio: float = _setting(0.875, "data", "validation: side of the centre crop over the shorter side; 224/256 does what resize 256, centre crop 224 does")
     label_skew: float = _setting(0.0, "data", "concentration of the Dirichlet distribution that each replica's own class mix is drawn from, smaller: more skewed; 0: replicas share the data evenly")
     nw: int = _setting(1, "data", "loader workers (threads) per replica")
-    seed: int = _setting(0, "data", "seed of order, crops and flips, and of dropout")
+    seed: int = _setting(0, "data", "seed of order, augmentation and dropout")
+
+    crop_scale: tuple[float, float] = _setting((0.08, 1.0), "augmentation", "share of an image's area that a random crop keeps")
+    crop_padding: int = _setting(0, "augmentation", "pad training images with so many black pixels on each side and crop their own size at random, instead of crop_scale; 0: do not")
+    flip: bool = _setting(True, "augmentation", "mirror half of the training images")
+    randaugment_depth: int = _setting(0, "augmentation", "RandAugment: operations on each training image; 0: none")
+    randaugment_severity: float = _setting(9.0, "augmentation", "RandAugment: strength, up to 10")
+    randaugment_operations: Literal["all", "safe", "original"] = _setting("all", "augmentation", "RandAugment: composer's set of operations")
+    mixup: float = _setting(0.0, "augmentation", "Mixup: parameter of the Beta distribution; 0: none")
+    label_smoothing: float = _setting(0.0, "augmentation", "label smoothing of the training loss")
+    resize_initial_scale: float = _setting(1.0, "augmentation", "progressive resizing: images start at this share of the resolution; 1: none")
+    resize_finetune_fraction: float = _setting(0.2, "augmentation", "progressive resizing: share of the run that ends it at full resolution")
 
     model: str = _setting("simplevit-digits", "model", "name of a model in training/models.py")
-    init_model_by_seed: int = _setting(0, "model", "seed of the initial weights; -1: take them from --resume-pth")
-    label_smoothing: float = _setting(0.0, "model", "label smoothing of the training loss")
-    precision: Literal["fp32", "bf16"] = _setting("fp32", "model", "bf16: autocast, weights stay fp32")
+    init_model_by_seed: int = _setting(0, "model", "seed of the initial weights; -1: take them from resume_pth")
+    precision: Literal["fp32", "bf16", "fp16"] = _setting("fp32", "model", "bf16, fp16: autocast, weights stay fp32; fp16 with loss scaling")
+    compile: bool = _setting(False, "model", "torch.compile the model")
+    channels_last: bool = _setting(False, "model", "keep convolutions' weights in memory format channels_last")
+    blurpool: bool = _setting(False, "model", "BlurPool: blur before strided convolutions and max pooling")
+    squeeze_excite: bool = _setting(False, "model", "squeeze-and-excitation after wide convolutions")
 
     epochs: int = _setting(60, "length", "epochs to train")
     epochs_for_sche: int = _setting(-1, "length", "epochs the learning-rate schedule spans; -1: epochs")
@@ -93,16 +104,22 @@ class Config:
     eval_on_start: bool = _setting(False, "evaluation", "evaluate before the first step")
     bn: bool = _setting(True, "evaluation", "re-estimate BatchNorm statistics before evaluation")
     bn_batches: int = _setting(128, "evaluation", "training micro-batches for that, over all replicas")
+    ema: float = _setting(0.0, "evaluation", "evaluate an exponential moving average of the synchronised model too; its smoothing per step; 0: none")
 
     log_pth: str = _setting(".localopt/runs", "records", "folder of run folders (host file)")
     log_freq: int = _setting(20, "records", "steps between training records")
     save_freq: int = _setting(0, "records", "epochs between checkpoints; 0: only at the end")
     save_opt: bool = _setting(True, "records", "save optimizer state, so that the run can be resumed")
-    resume_pth: str = _setting("", "records", "checkpoint folder to continue from")
-    wandb: Literal["online", "offline", "disabled"] = _setting("disabled", "records", "Weights & Biases")
+    wandb: Literal["online", "offline", "offline-sync", "disabled"] = _setting("disabled", "records", "Weights & Biases; offline-sync: offline, and wandb-osh uploads from another host")
     wandb_project: str = _setting("localopt", "records", "its project (host file)")
     wandb_entity: str = _setting("", "records", "its account or team (host file)")
     wandb_tags: tuple[str, ...] = _setting((), "records", "its tags")
+
+    resume_pth: str = _setting("", "resuming", "checkpoint folder to continue from, or a file of weights to start from")
+    resume_from_epoch: int = _setting(-1, "resuming", "epoch to start at; -1: the checkpoint's, 0 with a file of weights")
+    resume_from_step: int = _setting(-1, "resuming", "step to start at, counted over the whole run; overrides resume_from_epoch")
+    optimizer_resume_pth: str = _setting("", "resuming", "with a file of weights: checkpoint folder to take the inner optimizers' state from")
+    multiple_optimizers: bool = _setting(True, "resuming", "each rank takes its own optimizer state from there; else all take rank 0's")
 
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "machine", "auto: GPUs where there are some")
     local_rank: int = _setting(0, "machine", "place on this host, from the launcher")
@@ -142,32 +159,38 @@ class Config:
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty: give one")
         self._check_synchronisation()
-        if self.init_model_by_seed == -1 and not self.resume_pth:
-            raise ConfigError("init_model_by_seed is -1: give the weights with --resume-pth")
+        self._check_resuming()
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov is true: it needs a positive momentum")
 
     def _check_synchronisation(self) -> None:
         """What only local optimizers do."""
         for name in () if self.local else ("buffers", "track_replicas"):
-            if getattr(self, name) != _FIELDS[name].default:
+            if getattr(self, name) != DEFAULTS[name]:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}: optimizer {self.optimizer} averages "
                     "gradients, and has no such setting"
                 )
+
+    def _check_resuming(self) -> None:
+        if self.init_model_by_seed == -1 and not self.resume_pth:
+            raise ConfigError("init_model_by_seed is -1: give the weights with --resume-pth")
+        for name in ("resume_from_epoch", "resume_from_step", "optimizer_resume_pth"):
+            if getattr(self, name) != DEFAULTS[name] and not self.resume_pth:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: give resume_pth too")
 
     def _check_ranges(self) -> None:
         for name, (low, high) in _RANGE.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}: it must lie between {low} and {high}")
-        for name in ("momentum", "beta1", "beta2"):
+        for name in ("momentum", "beta1", "beta2", "ema"):
             if getattr(self, name) == 1:
                 raise ConfigError(f"{name} is 1: it must be less, or nothing new counts")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ConfigError(f"crop_scale is {[low, high]}: it must be 0 < low <= high <= 1")
-        if self.crop_padding and self.crop_scale != _FIELDS["crop_scale"].default:
+        if self.crop_padding and self.crop_scale != DEFAULTS["crop_scale"]:
             raise ConfigError(
                 f"crop_scale is {[low, high]}: crop_padding {self.crop_padding} replaces the "
                 "resized crops that it is about; give one of the two"
@@ -195,20 +218,29 @@ class Config:
 _LEAST = {
     "total_batch_size": 1, "physical_batch_size": 1, "max_lr": 0, "min_lr": 0, "wd": 0, "eps": 0,
     "clip_norm": 0, "gamma": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0,
-    "local_rank": 0, "power": 0,
+    "local_rank": 0, "power": 0, "randaugment_depth": 0,
 }  # fmt: skip
-_DERIVED = {"steps_per_epoch": 1, "epochs_for_sche": 1, "h_max": 1, "warmup_steps": 0}
+_DERIVED = {
+    "steps_per_epoch": 1, "epochs_for_sche": 1, "h_max": 1, "warmup_steps": 0, "resolution": 1,
+    "resume_from_epoch": 0, "resume_from_step": 0,
+}  # fmt: skip
 _RANGE = {
     "label_smoothing": (0, 1), "momentum": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "val_crop_ratio": (1e-3, 1),
     "seed": (0, 2**32 - 1), "init_model_by_seed": (-1, 2**32 - 1), "warmup_epochs": (0, 1e6),
-    "epochs": (0, 10**6), "nw": (1, 1024), "resolution": (1, 65_535),
+    "epochs": (0, 10**6), "nw": (1, 1024), "resolution": (-1, 65_535),
+    "randaugment_severity": (1, 10), "mixup": (0, 1e6), "resize_initial_scale": (0.05, 1),
+    "resize_finetune_fraction": (0, 1), "ema": (0, 1),
     "crop_padding": (0, 65_535), "label_skew": (0, 1e6),
 }  # fmt: skip
 HOST_KEYS = ("data_pth", "log_pth", "wandb_project", "wandb_entity", "nw")
 # What may differ between ranks without making them train differently.
-PER_HOST = (*HOST_KEYS, "local_rank", "resume_pth")
+PER_HOST = (*HOST_KEYS, "local_rank", "resume_pth", "optimizer_resume_pth")
 
 _FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
+DEFAULTS: dict[str, Any] = {
+    name: f.default if f.default is not MISSING else f.default_factory()
+    for name, f in _FIELDS.items()
+}
 _TYPES: dict[str, Any] = {**typing.get_type_hints(Config), "base": str}
 
 
@@ -357,6 +389,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(message)
 
+    def format_help(self) -> str:
+        from .plan import help_text  # it imports this module
+
+        return f"{super().format_help()}\n{help_text()}"
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
@@ -375,8 +412,13 @@ def _parser() -> argparse.ArgumentParser:
     groups = {title: parser.add_argument_group(title) for title in titles}
     for name, f in _FIELDS.items():
         _add_flag(groups[f.metadata["group"]], name, f)
-    # DeepSpeed's launcher and examples pass these; the engine is always DeepSpeed's.
+    # What deepspeed.add_config_arguments adds; the engine is always DeepSpeed's.
     groups["machine"].add_argument("--deepspeed", action="store_true", help="accepted, always on")
+    for flag, options in (
+        ("--deepscale", {"action": "store_true"}),
+        ("--deepscale_config", {"dest": "deepspeed_config"}),
+    ):
+        groups["machine"].add_argument(flag, help=argparse.SUPPRESS, **options)
     return parser
 
 
@@ -411,12 +453,8 @@ def _add_flag(group: Any, name: str, f: Field[Any]) -> None:
         )
 
 
-def _default(f: Field[Any]) -> Any:
-    return f.default if f.default is not MISSING else f.default_factory()
-
-
 def _default_text(f: Field[Any]) -> str:
-    default = _default(f)
+    default = DEFAULTS[f.name]
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
     return f"default {default}" if default not in ("", {}) else "default none"
@@ -432,7 +470,8 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
         hint = f"; did you mean {close[0]}?" if close else "; see --help"
         raise ConfigError(f"unknown flag {flag}{hint}")
     flags = vars(known)
-    flags.pop("deepspeed", None)
+    for name in ("deepspeed", "deepscale"):
+        flags.pop(name, None)
     for name, value in flags.items():
         if name in _TYPES:
             try:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from localopt import LocalOptimizer
 
@@ -42,7 +43,10 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # How far replicas may be apart in time at the end of a round of thousands of steps.
 PATIENCE = timedelta(hours=1)
 
+# Images (b, 3, R, R) and labels (b,); where labels are mixed, probabilities (b, classes).
 Batch = tuple[Tensor, Tensor]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,15 @@ class Measures:
 
     Attributes:
         loss: mean training loss of the step's images, 0-dim.
-        correct: images of the step whose label was predicted, 0-dim.
-        grad_norm: global norm before clipping, 0-dim; None where nothing clips.
+        correct: images of the step whose label was predicted, 0-dim; with Mixup, whose larger part.
+        grad_norm: global norm of the gradient before clipping, 0-dim; None if not measured.
+        param_norm: global norm of the parameters before the step, 0-dim; None if not measured.
     """
 
     loss: Tensor
     correct: Tensor
     grad_norm: Tensor | None
+    param_norm: Tensor | None
 
 
 class Engine:
@@ -172,18 +178,24 @@ class Engine:
         self.autocast = functools.partial(
             torch.autocast,
             next(model.parameters()).device.type,
-            torch.bfloat16,
-            enabled=config.precision == "bf16",
+            _AUTOCAST.get(config.precision, torch.bfloat16),
+            enabled=config.precision in _AUTOCAST,
         )
         client = optimizer if isinstance(optimizer, LocalOptimizer) else optimizer.inner
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=client,
-            config=deepspeed_settings(config, self.accumulation),
-            # Left alone it takes the GPU numbered LOCAL_RANK, which shared GPUs do not have.
-            args=argparse.Namespace(device_rank=next(model.parameters()).device.index or 0),
-            dist_init_required=False,
-        )
+        # Both optimizers have made the replicas equal; DeepSpeed's way refuses channels_last.
+        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda _: None):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=client,
+                config=deepspeed_settings(config, self.accumulation),
+                # Left alone it takes the GPU numbered LOCAL_RANK, which shared GPUs do not have.
+                args=argparse.Namespace(device_rank=next(model.parameters()).device.index or 0),
+                dist_init_required=False,
+            )
+        if config.compile:
+            self.model.compile()
+        # Loss scaling is the replica's own, as its gradients are; part of what is saved.
+        self.scaler: torch.amp.GradScaler | None = self._engine.torch_autocast_z0_gradscaler
         self._records_loss = config.local and (config.track_replicas or optimizer.sync.needs_loss)
         if config.local:
             self._engine.enable_backward_allreduce = False
@@ -202,29 +214,50 @@ class Engine:
 
         self._engine.allreduce_gradients = timed
 
-    def step(self, micro_batches: Iterable[Batch]) -> Measures:
-        """One optimizer step on the mean loss of ``micro_batches``; images (B, 3, R, R)."""
+    def step(self, micro_batches: Iterable[Batch], *, norms: bool = False) -> Measures:
+        """One optimizer step on the mean loss of ``micro_batches``; ``norms``: measure them too."""
         losses: list[Tensor] = []
         correct: list[Tensor] = []
-        for images, labels in micro_batches:
+        for images, targets in micro_batches:
             logits = self._engine(images).float()  # (B, classes)
             loss = functional.cross_entropy(
-                logits, labels, label_smoothing=self.config.label_smoothing
+                logits, targets, label_smoothing=self.config.label_smoothing
             )
             self._engine.backward(loss)
             losses.append(loss.detach())
+            labels = targets if targets.dim() == 1 else targets.argmax(1)
             correct.append((logits.detach().argmax(1) == labels).sum())
-            norm = self._clip()
-            if self._records_loss and self._engine.is_gradient_accumulation_boundary():
-                self.optimizer.record_loss(torch.stack(losses).mean())
+            if self._engine.is_gradient_accumulation_boundary():
+                grad_norm, param_norm = self._before_update(norms)
+                if self._records_loss:
+                    self.optimizer.record_loss(torch.stack(losses).mean())
             self._engine.step()
-        return Measures(torch.stack(losses).mean(), torch.stack(correct).sum(), norm)
+        return Measures(
+            torch.stack(losses).mean(), torch.stack(correct).sum(), grad_norm, param_norm
+        )
 
-    def _clip(self) -> Tensor | None:
+    @torch.no_grad()
+    def _before_update(self, norms: bool) -> tuple[Tensor | None, Tensor | None]:
         """Clip the step's gradient: the replica's own, or the average where that is reduced."""
-        if not self.config.clip_norm or not self._engine.is_gradient_accumulation_boundary():
-            return None
-        return clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        if not (norms or self.config.clip_norm):
+            return None, None
+        if self.scaler is not None:
+            self.scaler.unscale_(self._engine.optimizer)
+        parameters = list(self.model.parameters())
+        if self.config.clip_norm:
+            grad_norm = clip_grad_norm_(parameters, self.config.clip_norm)
+        else:
+            grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return grad_norm, get_total_norm(parameters) if norms else None
+
+    def uncompiled(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context a compiled model runs as it is written.
+
+        Evaluation has batches of other sizes, which would be compiled anew.
+        """
+        if self.config.compile:
+            return torch.compiler.set_stance("force_eager")
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """Leave the process group together: gloo aborts ranks that leave one by one."""
@@ -291,12 +324,24 @@ def deepspeed_settings(config: Config, accumulation: int) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 0},
         # "bf16" would wrap the optimizer around copies of the weights that averaging misses.
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": config.precision in _AUTOCAST,
+            "dtype": "float16" if config.precision == "fp16" else "bfloat16",
+        },
         "steps_per_print": None,
         # It would synchronise the device twice in every micro-step.
         "timers": {"throughput": {"enabled": False}},
     }
-    return settings | (_user_json(config) if config.deepspeed_config else {})
+    return _merged(settings, _user_json(config)) if config.deepspeed_config else settings
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """``theirs`` on top of ``ours``, section by section."""
+    merged = ours | theirs
+    for key in ours.keys() & theirs.keys():
+        if isinstance(ours[key], dict) and isinstance(theirs[key], dict):
+            merged[key] = _merged(ours[key], theirs[key])
+    return merged
 
 
 def _user_json(config: Config) -> dict[str, Any]:
@@ -309,10 +354,22 @@ def _user_json(config: Config) -> dict[str, Any]:
         raise ConfigError(f"deepspeed_config {path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"deepspeed_config {path}: it must hold one JSON object")
-    for key in content.keys() & _OURS.keys():
-        raise ConfigError(
-            f"deepspeed_config {path}: {key} belongs to the recipe; set {_OURS[key]} there"
-        )
+    for key in sorted(content.keys() & _OURS.keys()):
+        if not _is_off(content[key]):
+            raise ConfigError(
+                f"deepspeed_config {path}: {key} belongs to the recipe; set {_OURS[key]} there"
+            )
+        del content[key]
+    _check_replicas_are_whole(config, content, path)
+    return content
+
+
+def _is_off(section: Any) -> bool:
+    """Whether a section only says that it is switched off, as templates often do."""
+    return isinstance(section, dict) and section.get("enabled") is False
+
+
+def _check_replicas_are_whole(config: Config, content: dict[str, Any], path: Path) -> None:
     zero = content.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if stage != 0:
@@ -324,4 +381,19 @@ def _user_json(config: Config) -> dict[str, Any]:
         raise ConfigError(
             f"deepspeed_config {path}: zero_optimization.stage is {stage!r}: {reason}; use stage 0"
         )
-    return content
+    for key, reason in (_SPLITS | (_REDUCES if config.local else {})).items():
+        if key in content and not _is_off(content[key]):
+            raise ConfigError(f"deepspeed_config {path}: {key} is {content[key]!r}: {reason}")
+
+
+_SPLITS = dict.fromkeys(
+    ("tensor_parallel", "sequence_parallel_size", "pipeline", "hybrid_engine"),
+    "every rank is a whole replica with images of its own; leave it out",
+)
+_REDUCES = dict.fromkeys(
+    (
+        "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+        "sparse_gradients", "fp32_allreduce",
+    ),
+    "it is about the all-reduce of gradients, and a local optimizer makes none; leave it out",
+)  # fmt: skip

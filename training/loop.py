@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from . import checkpoint
 from .engine import Batch
-from .evaluate import estimate_batch_norm, evaluate, has_batch_norm
+from .evaluate import Evaluation, estimate_batch_norm, evaluate, has_batch_norm
 from .run import Run
 
 
@@ -25,9 +25,12 @@ def train(run: Run) -> None:
             lr = schedule(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            measures = run.engine.step(micro_batches)
+            measures = run.engine.step(
+                run.prepared(micro_batches, step), norms=run.recorder.due(step + 1)
+            )
             step += 1
             run.recorder.step(step, lr, measures)
+            run.update_ema(step)
             if config.eval_at == "sync" and optimizer.synced:
                 next_sync = step + optimizer.period(step, schedule(step))
                 if next_sync > end:
@@ -52,13 +55,20 @@ def grouped(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
 def evaluate_consensus(run: Run, step: int) -> None:
     """Evaluate what the replicas agree on, with BatchNorm statistics of its own. Collective."""
     started = time.perf_counter()
-    config, model, autocast = run.config, run.engine.model, run.engine.autocast
-    with run.optimizer.consensus():
-        if config.bn and has_batch_norm(model):
-            batches = run.train_data.estimation(step, config.bn_batches)
-            estimate_batch_norm(model, batches, run.collective, autocast)
-        evaluation = evaluate(model, run.val_data, run.collective, autocast)
-    run.recorder.evaluated(step, evaluation, time.perf_counter() - started)
+    with run.optimizer.consensus(), run.engine.uncompiled():
+        evaluation, average = _evaluated(run, step), None
+        if run.ema:
+            with run.ema.in_place():
+                average = _evaluated(run, step)
+    run.recorder.evaluated(step, evaluation, average, time.perf_counter() - started)
+
+
+def _evaluated(run: Run, step: int) -> Evaluation:
+    model, autocast = run.engine.model, run.engine.autocast
+    if run.config.bn and has_batch_norm(model):
+        batches = run.train_data.estimation(step, run.config.bn_batches)
+        estimate_batch_norm(model, batches, run.collective, autocast)
+    return evaluate(model, run.val_data, run.collective, autocast)
 
 
 def save(run: Run, step: int) -> None:
@@ -67,8 +77,7 @@ def save(run: Run, step: int) -> None:
         run.folder / "checkpoints",
         step,
         run.config,
-        run.engine.model,
-        run.optimizer,
+        run.state,
         run.collective,
         publishes=run.place.local_rank == 0,
     )

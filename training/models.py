@@ -10,19 +10,43 @@ from torch import nn
 
 from .config import ConfigError
 
+Build = Callable[[int, int], nn.Module]  # (number of classes, resolution)
+
+TORCHVISION = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
+)  # fmt: skip
+
 _kept_alive: list[torch.library.Library] = []
 
 
-def _allow_torchvision_without_cuda() -> None:
+def allow_torchvision_without_cuda() -> None:
     """Define the operators that torchvision's CUDA build expects and a CPU build of torch lacks.
 
-    vit_pytorch and the ResNets import torchvision; neither calls these operators.
+    vit_pytorch, the ResNets and composer import torchvision; none calls these operators.
     """
     if torch.version.cuda is None and not _kept_alive:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept_alive.append(library)
+
+
+def _simplevit(dim: int, heads: int, depth: int = 12, patch: int = 16) -> Build:
+    """SimpleViT with the usual proportions: heads of 64, an MLP four times as wide as the model.
+
+    Source: Beyer, Zhai, Kolesnikov 2022, arXiv 2205.01580.
+    """
+
+    def build(classes: int, resolution: int) -> nn.Module:
+        from vit_pytorch.simple_vit import SimpleViT
+
+        return SimpleViT(
+            image_size=resolution, patch_size=patch, num_classes=classes,
+            dim=dim, depth=depth, heads=heads, mlp_dim=4 * dim,
+        )  # fmt: skip
+
+    return build
 
 
 def _simplevit_digits(classes: int, resolution: int) -> nn.Module:
@@ -32,6 +56,17 @@ def _simplevit_digits(classes: int, resolution: int) -> nn.Module:
         image_size=resolution, patch_size=4, num_classes=classes,
         dim=64, depth=4, heads=4, mlp_dim=128, dim_head=16,
     )  # fmt: skip
+
+
+def _torchvision(name: str) -> Build:
+    """A classifier of torchvision's by its name there, with torchvision's own initial weights."""
+
+    def build(classes: int, resolution: int) -> nn.Module:
+        from torchvision.models import get_model
+
+        return get_model(name, weights=None, num_classes=classes)
+
+    return build
 
 
 class ResNetDigits(nn.Sequential):
@@ -79,27 +114,62 @@ def _resnet18_cifar(classes: int, resolution: int) -> nn.Module:
     return model
 
 
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+MODELS: dict[str, Build] = {
+    "simplevit-b16": _simplevit(dim=768, heads=12),
+    "simplevit-s16": _simplevit(dim=384, heads=6),
+    "simplevit-ti16": _simplevit(dim=192, heads=3),
+    **{name: _torchvision(name) for name in TORCHVISION},
     "simplevit-digits": _simplevit_digits,
     "resnet-digits": lambda classes, resolution: ResNetDigits(classes),
     "resnet18-cifar": _resnet18_cifar,
 }
 
 
-def build(name: str, *, classes: int, resolution: int, seed: int) -> nn.Module:
+def build(
+    name: str,
+    *,
+    classes: int,
+    resolution: int,
+    seed: int,
+    blurpool: bool = False,
+    squeeze_excite: bool = False,
+    channels_last: bool = False,
+) -> nn.Module:
     """The named model with weights drawn from ``seed``.
 
+    Args:
+        name: a key of MODELS.
+        classes: number of classes.
+        resolution: R; images are (B, 3, R, R).
+        seed: of the initial weights.
+        blurpool, squeeze_excite: change the model so; see `training.methods`.
+        channels_last: keep convolutions' weights in that memory format.
+
     Raises:
-        ConfigError: for an unknown name, or a resolution that the model cannot take.
+        ConfigError: for an unknown name, a resolution that the model cannot take, or a change that
+            would change nothing.
     """
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(MODELS)}"
         raise ConfigError(f"model is {name!r}: no such model{hint}")
-    _allow_torchvision_without_cuda()
+    allow_torchvision_without_cuda()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(max(seed, 0))
         try:
-            return MODELS[name](classes, resolution)
+            model = MODELS[name](classes, resolution)
         except AssertionError as error:
             raise ConfigError(f"model {name} at resolution {resolution}: {error}") from None
+        if blurpool or squeeze_excite:
+            from . import methods  # composer takes seconds to import
+
+            if squeeze_excite:
+                methods.squeeze_excite(model)
+            if blurpool:
+                methods.blurpool(model)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def takes_any_resolution(model: nn.Module) -> bool:
+    """Whether images may be smaller than those that the model was built for."""
+    return any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.modules())

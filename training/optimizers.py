@@ -156,7 +156,8 @@ class DataParallel:
         self.traffic = Traffic()
         self.round = 0
         self._collective = Collective()
-        self._buffers = Buffers(model, "keep", model.parameters())
+        # It equalises the parameters that are no local optimizer's: all of them.
+        self._buffers = Buffers(model, "keep", [])
         self._buffers.equalise(self._collective)
         self._bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         inner.register_step_post_hook(self._count_round)

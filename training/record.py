@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -60,16 +60,21 @@ class JsonLines:
 
 
 class Wandb:
-    """Weights & Biases, by its own rules of login; "offline" needs none."""
+    """Weights & Biases, by its own rules of login; "offline" needs none.
+
+    "offline-sync" is for hosts without internet: after each evaluation it asks wandb-osh, which
+    runs on a host that shares the disk, to upload what there is.
+    """
 
     def __init__(self, config: Config, folder: Path) -> None:
         import wandb
 
+        self._ask_for_upload = _upload_hook() if config.wandb == "offline-sync" else None
         self._run = wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity or None,
             tags=config.wandb_tags,
-            mode=config.wandb,
+            mode="offline" if self._ask_for_upload else config.wandb,
             dir=folder,
             name=folder.name,
             config=config.as_dict(),
@@ -79,9 +84,21 @@ class Wandb:
         kind, step = record["kind"], record["step"]
         values = {f"{kind}/{k}": v for k, v in _by_rank(record) if k not in ("kind", "step")}
         self._run.log(values, step=step)
+        if self._ask_for_upload and kind in ("val", "summary"):
+            self._ask_for_upload()
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
+
+
+def _upload_hook() -> Callable[[], None]:
+    try:
+        from wandb_osh.hooks import TriggerWandbSyncHook
+    except ImportError:
+        raise ConfigError(
+            "wandb is offline-sync: package wandb-osh is missing; pip install wandb-osh"
+        ) from None
+    return TriggerWandbSyncHook()
 
 
 def _by_rank(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -151,8 +168,9 @@ def _git(*arguments: str) -> str | None:
 class Recorder:
     """Collects what the loop tells, on rank 0 writes it out.
 
-    Training losses, accuracies and gradient norms are those of rank 0's share of the images. Losses
-    stay on the device; they are read every ``log_freq`` steps.
+    Training losses and accuracies are means since the last record, the norms of gradient and
+    parameters those of the step recorded; all are of rank 0's replica and its share of the images.
+    They stay on the device, and are read every ``log_freq`` steps.
 
     Args:
         config: the run's settings.
@@ -177,7 +195,7 @@ class Recorder:
         self.config, self.folder, self.place, self.optimizer = config, folder, place, optimizer
         self.total_steps, self.start_step = total_steps, start_step
         self.steps_per_epoch = steps_per_epoch
-        self.evaluation: Evaluation | None = None
+        self.evaluation: dict[str, float] = {}
         self.evaluated_at: int | None = None
         self._exposed_before = optimizer.traffic.exposed
         self._hidden_before = optimizer.traffic.hidden
@@ -198,12 +216,16 @@ class Recorder:
             dynamic_ncols=True,
         )
 
+    def due(self, step: int) -> bool:
+        """Whether a training record is written once ``step`` steps are finished."""
+        return step % self.config.log_freq == 0 or step == self.total_steps
+
     def step(self, step: int, lr: float, measures: Measures) -> None:
         """A step is finished."""
         self._pending.append(measures)
         self._bar.update()
         self._synchronised(step)
-        if step % self.config.log_freq == 0 or step == self.total_steps:
+        if self.due(step):
             self._flush(step, lr)
 
     def _synchronised(self, step: int) -> None:
@@ -231,9 +253,9 @@ class Recorder:
             **self._place_in_round(),
             **self._cost(),
         }
-        norms = [m.grad_norm for m in self._pending if m.grad_norm is not None]
-        if norms:
-            record["grad_norm"] = float(torch.stack(norms).mean())
+        for name in ("grad_norm", "param_norm"):
+            if (norm := getattr(self._pending[-1], name)) is not None:
+                record[name] = float(norm)
         self._pending.clear()
         self._write(record)
         self._bar.set_postfix_str(
@@ -245,14 +267,25 @@ class Recorder:
                 f"the training loss is {loss} at step {step}: lower max_lr, or clip with clip_norm"
             )
 
-    def evaluated(self, step: int, evaluation: Evaluation, seconds: float) -> None:
-        """The consensus was evaluated in ``seconds``, which do not count as training."""
+    def evaluated(
+        self, step: int, evaluation: Evaluation, average: Evaluation | None, seconds: float
+    ) -> None:
+        """The consensus was evaluated in ``seconds``, which do not count as training.
+
+        Args:
+            step: steps finished.
+            evaluation: of the consensus.
+            average: of its moving average, where the run has one.
+            seconds: for both.
+        """
         self._paused += seconds
-        self.evaluation, self.evaluated_at = evaluation, step
+        self.evaluation, self.evaluated_at = _told(evaluation, average), step
         epoch = step / self.steps_per_epoch
         self._write(
-            {"kind": "val", "step": step, "epoch": epoch, **vars(evaluation), "seconds": seconds}
+            {"kind": "val", "step": step, "epoch": epoch, "eval_seconds": seconds}
+            | self.evaluation
             | self._place_in_round()
+            | self._cost()
         )
         if self.place.rank == 0:
             tqdm.write(
@@ -272,7 +305,7 @@ class Recorder:
         self._synchronised(self.total_steps)
         seconds = time.perf_counter() - self._started - self._paused
         steps = self.total_steps - self.start_step
-        traffic, evaluation = self.optimizer.traffic, self.evaluation
+        traffic = self.optimizer.traffic
         self._bar.close()
         if self.place.rank == 0:
             images = steps * self.config.total_batch_size
@@ -280,7 +313,7 @@ class Recorder:
                 "kind": "summary",
                 "step": self.total_steps,
                 "replicas": self.place.world_size,
-                **({} if evaluation is None else vars(evaluation)),
+                **self.evaluation,
                 **self._cost(),
                 "share": traffic.syncs / max(1, self.total_steps),
                 "other_bytes": traffic.other_bytes,
@@ -321,18 +354,27 @@ class Recorder:
             sink.write(record)
 
 
+def _told(evaluation: Evaluation, average: Evaluation | None) -> dict[str, float]:
+    """What was evaluated; of the moving average under names of its own."""
+    told = vars(evaluation).copy()
+    if average is not None:
+        told |= {f"ema_{name}": getattr(average, name) for name in ("top1", "top5", "loss")}
+    return told
+
+
 def _sum(values: Any) -> Tensor:
     return torch.stack(list(values)).sum()
 
 
 def _table(summary: dict[str, Any], folder: Path, config: Config) -> str:
-    accuracy = "not evaluated"
+    accuracy, average = "not evaluated", summary.get("ema_top1")
     if "top1" in summary:
         accuracy = f"{summary['top1']:.2%} of {summary['images']} images"
     replicas = "1 replica" if summary["replicas"] == 1 else f"{summary['replicas']} replicas"
     rows = {
         "run": f"{config.model} on {config.data}, {config.optimizer}, {replicas}",
         "test accuracy (consensus)": accuracy,
+        **({"of its moving average": f"{average:.2%}"} if average is not None else {}),
         "steps": f"{summary['step']:,}",
         "synchronisations": f"{summary['syncs']:,} ({summary['share']:.1%} of the steps)",
         "sent per replica": f"{summary['bytes'] / 1e6:,.1f} MB",

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from data.dataset import checked
 from data.loaders import TrainData, ValData
+from data.randaugment import RandAugment
 from localopt import LocalOptimizer, control
 from localopt.collective import Collective
 
-from . import checkpoint, engine, models, optimizers, record
+from . import checkpoint, checks, engine, models, optimizers, record
 from .config import PER_HOST, Config, ConfigError, absolute
-from .evaluate import has_batch_norm
 from .lr import Schedule
+
+if TYPE_CHECKING:
+    from .methods import Ema
+
+
+# A change to a micro-batch on the device: (batch, step, micro_step) -> batch.
+Method = Callable[[engine.Batch, int, int], engine.Batch]
 
 
 @dataclass
@@ -38,8 +44,29 @@ class Run:
     val_data: ValData
     collective: Collective
     recorder: record.Recorder
+    state: checkpoint.State
+    methods: Sequence[Method]
     steps_per_epoch: int
     start_step: int = 0
+
+    def prepared(self, micro_batches: Iterable[engine.Batch], step: int) -> Iterator[engine.Batch]:
+        """The micro-batches of one step, after Mixup and the like."""
+        for micro_step, batch in enumerate(micro_batches):
+            for method in self.methods:
+                batch = method(batch, step, micro_step)
+            yield batch
+
+    @property
+    def ema(self) -> Ema | None:
+        """The moving average of the synchronised model, where the recipe wants one."""
+        return self.state.ema
+
+    def update_ema(self, step: int) -> None:
+        """Let the moving average follow, where the replicas agree."""
+        local = isinstance(self.optimizer, LocalOptimizer)
+        agreed = self.optimizer.synced and (not local or self.optimizer.sync.replicas_agree)
+        if self.ema and agreed:
+            self.ema.update(step)
 
 
 @contextmanager
@@ -58,9 +85,9 @@ def assembled(config: Config) -> Iterator[Run]:
     place = engine.start(config)
     collective = Collective()
     _compare(config, deepspeed, collective)
-    config = _with_fitting_batches(config, collective)
+    config = checks.with_fitting_batches(config, collective.world_size)
     train_data, val_data = _open_data(config, place, collective)
-    steps_per_epoch = _steps_per_epoch(config, train_data)
+    steps_per_epoch = checks.steps_per_epoch(config, train_data.images)
     schedule = Schedule.of(config, steps_per_epoch)
 
     model = models.build(
@@ -68,19 +95,26 @@ def assembled(config: Config) -> Iterator[Run]:
         classes=train_data.num_classes,
         resolution=config.resolution,
         seed=config.init_model_by_seed,
-    ).to(place.device)
-    _check_batch_norm(config, model, collective)
+        blurpool=config.blurpool,
+        squeeze_excite=config.squeeze_excite,
+        channels_last=config.channels_last,
+    )
+    weights = absolute(config.resume_pth) if config.resume_pth else None
+    if weights and weights.is_file():  # before the optimizer: some rules anchor to what they find
+        checkpoint.load_weights(weights, model)
+    model.to(place.device)
+    checks.check_model(config, model, collective.world_size)
     torch.manual_seed(config.seed * 1_000_003 + place.rank)  # dropout: each replica its own
     optimizer = optimizers.build(config, model, schedule)
     trainer = engine.Engine(config, model, optimizer, place.world_size)
+    state = checkpoint.State(model, optimizer, trainer.scaler, _ema(config, model, optimizer))
     start_step = 0
     if config.resume_pth:
-        path = absolute(config.resume_pth)
-        start_step = checkpoint.load(path, config, model, optimizer, collective)
+        start_step = checkpoint.resume(config, state, collective, steps_per_epoch)
         if start_step > schedule.total_steps:
             raise ConfigError(
-                f"resume_pth {path}: at step {start_step}, past this run's end at "
-                f"{schedule.total_steps}; raise epochs"
+                f"resume_pth {absolute(config.resume_pth)}: at step {start_step}, past this run's "
+                f"end at {schedule.total_steps}; raise epochs"
             )
     folder = record.make_folder(config, collective)
     recorder = record.Recorder(
@@ -98,6 +132,8 @@ def assembled(config: Config) -> Iterator[Run]:
             val_data=val_data,
             collective=collective,
             recorder=recorder,
+            state=state,
+            methods=_methods(config, place, train_data.num_classes, schedule.total_steps),
             steps_per_epoch=steps_per_epoch,
             start_step=start_step,
         )
@@ -119,41 +155,52 @@ def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) 
     control.agree(collective, lines, control.TIMEOUT)
 
 
-def _with_fitting_batches(config: Config, collective: Collective) -> Config:
-    """``config`` with a physical batch no larger than a replica's share of the total."""
-    total, m = config.total_batch_size, collective.world_size
-    if total % m:
-        raise ConfigError(f"total_batch_size is {total}: not divisible by the {m} replicas")
-    physical = min(config.physical_batch_size, total // m)
-    if total // m % physical:
-        raise ConfigError(
-            f"physical_batch_size is {physical}: it does not divide a replica's batch of "
-            f"{total // m} (total_batch_size {total} over {m} replicas)"
+def _methods(
+    config: Config, place: engine.Place, classes: int, total_steps: int
+) -> tuple[Method, ...]:
+    """What the recipe switches on of the methods that change micro-batches."""
+    if not config.mixup and config.resize_initial_scale == 1:
+        return ()
+    from . import methods  # composer takes seconds to import
+
+    chosen: list[Method] = []
+    if config.resize_initial_scale < 1:
+        shares = config.resize_initial_scale, config.resize_finetune_fraction
+        chosen.append(methods.ProgressiveResizing(*shares, config.resolution, total_steps))
+    if config.mixup:
+        chosen.append(
+            methods.Mixup(
+                config.mixup,
+                seed=config.seed,
+                classes=classes,
+                first=config.total_batch_size // place.world_size * place.rank,
+                physical_batch=config.physical_batch_size,
+            )
         )
-    return dataclasses.replace(config, physical_batch_size=physical)
+    return tuple(chosen)
 
 
-def _check_batch_norm(config: Config, model: nn.Module, collective: Collective) -> None:
-    m = collective.world_size
-    if m == 1 or not has_batch_norm(model):
-        return
-    if config.bn and config.bn_batches < m:
-        raise ConfigError(f"bn_batches is {config.bn_batches}: fewer than the {m} replicas")
-    if not config.bn and (config.buffers == "keep" or not config.local):
+def _ema(
+    config: Config, model: nn.Module, optimizer: LocalOptimizer | optimizers.DataParallel
+) -> Ema | None:
+    if not config.ema:
+        return None
+    if isinstance(optimizer, LocalOptimizer) and not optimizer.sync.agrees:
         raise ConfigError(
-            "bn is false: each replica would be evaluated with BatchNorm statistics of its own; "
-            "set bn, or, with a local optimizer, buffers: average"
+            f"ema is {config.ema}: with sync {config.sync} replicas never agree, so there is no "
+            "synchronised model to average"
         )
+    from . import methods  # composer takes seconds to import
+
+    return methods.Ema(model, config.ema)
 
 
-def _steps_per_epoch(config: Config, train_data: TrainData) -> int:
-    available = train_data.steps_per_epoch
-    if config.steps_per_epoch > available:
-        raise ConfigError(
-            f"steps_per_epoch is {config.steps_per_epoch}: {train_data.images} images give "
-            f"{available} steps of {config.total_batch_size}"
-        )
-    return available if config.steps_per_epoch == -1 else config.steps_per_epoch
+def _randaugment(config: Config) -> RandAugment | None:
+    if not config.randaugment_depth:
+        return None
+    return RandAugment(
+        config.randaugment_depth, config.randaugment_severity, config.randaugment_operations
+    )
 
 
 def _open_data(
@@ -188,6 +235,7 @@ def _open_data(
         flip=config.flip,
         padding=config.crop_padding,
         label_skew=config.label_skew,
+        randaugment=_randaugment(config),
         **common,
     )
     val_data = ValData(

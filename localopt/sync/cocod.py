@@ -23,6 +23,8 @@ class CoCoDSGD(Rule):
     Source: Shen et al., IJCAI 2019, arXiv 1906.12043.
     """
 
+    agrees = False
+
     def attach(self, replica: Any) -> None:
         super().attach(replica)
         replica.use_own_group()

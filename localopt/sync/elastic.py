@@ -42,6 +42,8 @@ class EASGD(Rule):
     1905.10395.
     """
 
+    agrees = False
+
     alpha: float | None = None
     beta: float | None = None
     pull: float = 0.0

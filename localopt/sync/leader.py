@@ -47,6 +47,7 @@ class LSGD(Rule):
     Source: Teng et al., NeurIPS 2019, arXiv 1905.10395.
     """
 
+    agrees = False
     c: float = 0.1
     p: float = 0.1
     group_size: int | None = None

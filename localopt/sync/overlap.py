@@ -39,6 +39,8 @@ class OverlapLocalSGD(Rule):
     Source: Wang, Liang, Joshi, ICASSP 2020, arXiv 2002.09539.
     """
 
+    agrees = False
+
     alpha: float = 0.6
     beta: float = 0.7
     normalize_by_lr: bool = False

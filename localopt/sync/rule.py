@@ -25,12 +25,14 @@ class Rule(ABC):
     new parameter groups are then taken care of here.
 
     Attributes:
+        agrees: whether rounds end, all or some, with all replicas equal.
         replicas_agree: whether all replicas are known to hold the same parameters, where no round
             is open. Before the first round they are not: weights may have been loaded since.
         needs_loss: whether the training loss must be recorded at every step.
     """
 
     replica: Replica
+    agrees = True
     replicas_agree = False
     needs_loss = False
 

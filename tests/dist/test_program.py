@@ -130,24 +130,32 @@ def _weights(folder: Path, rank: int, step: int = 12) -> dict[str, list]:
     return {name: tensor.tolist() for name, tensor in state.items()}
 
 
+METHODS = (
+    "--randaugment-depth", "2", "--randaugment-operations", "original", "--mixup", "0.2",
+    "--resize-initial-scale", "0.5", "--resize-finetune-fraction", "0.3", "--ema", "0.9",
+    "--precision", "fp16", "--channels-last", "--blurpool",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "recipe",
+    ("recipe", "extra"),
     [
-        "digits-vit-localadamw-qsr",
-        "digits-resnet-localsgd-qsr",
-        "digits-resnet-sgd",
-        "digits-resnet-overlap",
-        "digits-resnet-lsgd",
-        "digits-resnet-slowmo",
+        ("digits-vit-localadamw-qsr", ()),
+        ("digits-resnet-localsgd-qsr", METHODS),
+        ("digits-resnet-sgd", ()),
+        ("digits-resnet-overlap", ()),
+        ("digits-resnet-lsgd", ()),
+        ("digits-resnet-slowmo", ()),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str) -> None:
-    """Saved in the middle of a round: replicas, momenta and data positions are each their own;
-    with Overlap-Local-SGD a collective is in flight."""
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str, extra) -> None:
+    """Saved in the middle of a round: replicas, momenta and data positions are each their own, and
+    so is the loss scale of fp16; with Overlap-Local-SGD a collective is in flight."""
     given = (
         "--recipe-pth",
         f"recipe/{recipe}.yml",
         *flags,
+        *extra,
         "--period",
         "constant",
         "--h-base",
@@ -165,6 +173,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str) 
         assert halfway[0] != halfway[1]
     timed = (
         "seconds",
+        "eval_seconds",
         "blocked_seconds",
         "hidden_seconds",
         "waits",
@@ -179,6 +188,60 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str) 
             for key in timed:
                 record.pop(key, None)
         assert told == expected
+
+
+def test_weights_and_optimizer_states_can_be_resumed_from_files_of_their_own(flags) -> None:
+    """The published program's way: the averaged model, a state per rank, and where to go on."""
+    given = (*flags, "--period", "constant", "--h-base", "3")
+    whole = start(*given, "--save-freq", "1")
+    assert whole.codes == [0, 0], whole.errors
+    saved = whole.folder / "checkpoints/step-00000006"
+    weights = ("--resume-pth", str(saved / "rank-0000.pt"))
+    states = ("--optimizer-resume-pth", str(saved))
+    after = [r["lr"] for r in whole.records if r["kind"] == "train" and r["step"] > 6]
+
+    resumed = {}
+    for name, how in {
+        "own": (*states, "--resume-from-epoch", "1"),
+        "rank 0's": (*states, "--resume-from-step", "6", "--no-multiple-optimizers"),
+        "none": ("--resume-from-step", "6", "--init-model-by-seed", "-1"),
+    }.items():
+        outcome = start(*given, *weights, *how)
+        assert outcome.codes == [0, 0], outcome.errors
+        told = [r for r in outcome.records if r["kind"] == "train"]
+        assert [r["lr"] for r in told] == after and told[-1]["syncs"] == 2
+        resumed[name] = _weights(outcome.folder, 0)
+    assert resumed.pop("own") == _weights(whole.folder, 0)
+    assert resumed["rank 0's"] != _weights(whole.folder, 0) != resumed["none"]
+
+    refused = {
+        (*states,): "give resume_pth too",
+        ("--resume-pth", str(saved), "--resume-from-step", "7"): "at step 6, and 7 was asked for",
+        ("--resume-pth", str(saved), *states): "has its own optimizer state",
+        ("--resume-pth", str(saved / "manifest.json")): "not a file of weights",
+        (*weights, "--model", "resnet-digits"): "weights of another model",
+    }
+    for how, part in refused.items():
+        assert part in one_line(start(*given, *how, world_size=1))
+
+
+def test_a_moving_average_needs_replicas_that_agree(flags) -> None:
+    line = one_line(start(*flags, "--ema", "0.5", "--sync", "easgd", world_size=1))
+    assert "ema is 0.5: with sync easgd" in line
+
+
+def test_images_of_changing_size_need_a_model_that_takes_them(flags) -> None:
+    line = one_line(start(*flags, "--resize-initial-scale", "0.5", world_size=1))
+    assert "resize_initial_scale is 0.5: model simplevit-digits" in line
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_loss(flags) -> None:
+    recipe = ("--recipe-pth", "recipe/digits-resnet-localsgd-qsr.yml", "--epochs", "1", "--nw", "2")
+    plain, compiled = (start(*flags, *recipe, *e, world_size=1) for e in ((), ("--compile",)))
+    assert compiled.codes == [0], compiled.errors
+    losses = [[r["loss"] for r in o.records if "loss" in r] for o in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0] != losses[1]
 
 
 def test_replicas_are_recorded_at_each_synchronisation(flags) -> None:
@@ -278,6 +341,16 @@ def test_wandb_offline_needs_no_account(flags) -> None:
     assert list(outcome.folder.glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_wandb_offline_sync_asks_wandb_osh_for_the_upload(flags, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ("--wandb", "offline-sync", "--wandb-project", "p", "--wandb-entity", "e")
+    outcome = start(*flags, "--epochs", "1", *given, "--wandb-tags", "a", "b", world_size=1)
+    assert outcome.codes == [0], outcome.errors
+    (asked,) = (tmp_path / ".wandb_osh_command_dir").glob("*.command")
+    (run,) = outcome.folder.glob("wandb/offline-run-*")
+    assert Path(asked.read_text()) == run.resolve()
+
+
 def one_line(outcome, rank: int = 0) -> str:
     assert all(code != 0 for code in outcome.codes), outcome
     (line,) = outcome.complaints(rank)
@@ -323,10 +396,12 @@ def test_an_unknown_key_is_named_once_per_host(flags, tmp_path: Path) -> None:
         ('{"zero_optimization": {"stage": 1}}', ["stage is 1", "local optimizer"]),
         ('{"bf16": {"enabled": true}}', ["bf16", "precision"]),
         ('{"gradient_clipping": 1.0}', ["gradient_clipping", "clip_norm"]),
+        ('{"tensor_parallel": {"autotp_size": 2}}', ["tensor_parallel", "whole replica"]),
+        ('{"communication_data_type": "fp16"}', ["communication_data_type", "all-reduce"]),
         ("{", ["not valid JSON"]),
         (None, ["No such file"]),
     ],
-    ids=["ZeRO", "bf16", "clipping", "JSON", "missing"],
+    ids=["ZeRO", "bf16", "clipping", "split replicas", "reduction", "JSON", "missing"],
 )
 def test_a_deepspeed_file_that_contradicts_local_training_is_refused(
     flags, tmp_path: Path, content: str | None, parts: list[str]
@@ -336,6 +411,19 @@ def test_a_deepspeed_file_that_contradicts_local_training_is_refused(
         file.write_text(content)
     line = one_line(start(*flags, "--deepspeed_config", str(file)))
     assert all(part in line for part in [*parts, "deepspeed.json"]), line
+
+
+def test_a_deepspeed_file_is_merged_section_by_section(flags, tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    content = {
+        "bf16": {"enabled": False},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "monitor"},
+        "timers": {"throughput": {"synchronized": False}},
+    }
+    file.write_text(json.dumps(content))
+    outcome = start(*flags, "--deepspeed", "--deepspeed_config", str(file), world_size=1)
+    assert outcome.codes == [0], outcome.errors
+    assert list((tmp_path / "monitor").glob("*.csv"))
 
 
 def test_a_replica_with_another_recipe_is_named_on_every_rank(flags) -> None:
@@ -411,11 +499,18 @@ def test_a_rank_that_resumes_from_another_checkpoint_is_named(flags, checkpoint:
 
 
 def test_a_resumed_run_follows_its_own_settings(flags, checkpoint: Path) -> None:
-    outcome = start(*flags, "--resume-pth", str(checkpoint), "--wd", "0.5", "--beta1", "0.5")
+    outcome = start(*flags, "--resume-pth", str(checkpoint), "--wd", "0.5", "--beta1", "0.5", "--beta2", "0.6")
     assert outcome.codes == [0, 0], outcome.errors
     file = outcome.folder / "checkpoints/step-00000012/rank-0001.pt"
     (group,) = torch.load(file, weights_only=True)["optimizer"]["param_groups"]
-    assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.999))
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.6))
+
+
+def test_a_checkpoint_without_optimizer_state_cannot_be_resumed(flags) -> None:
+    saved = start(*flags, "--epochs", "1", "--no-save-opt", world_size=1)
+    folder = saved.folder / "checkpoints/step-00000006"
+    line = one_line(start(*flags, "--resume-pth", str(folder), world_size=1))
+    assert "saved without optimizer state (save_opt: false)" in line
 
 
 def test_a_finished_run_resumed_is_evaluated_and_a_shorter_one_refused(

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Train by a recipe, on the hosts of the file hostfile. Sets up first if that is missing. Arguments
+# after the recipe go to main.py; relative paths count from the repository's root:
+#
+#   run-scripts/run.sh recipe/digits-resnet-sgd.yml --seed 1
+#   run-scripts/run.sh recipe/vit-b-localadamw-cosine.yml --plan    # what it would cost; trains nothing
+#
+# HOSTFILE=file names another hostfile.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+grace=60 # seconds between the first signal and the last: ranks may end their round and save
+hostfile=${HOSTFILE:-hostfile}
+die() { echo "run.sh: $*" >&2; exit 2; }
+
+[[ $# -gt 0 && $1 != -* ]] || die "give a recipe first, such as recipe/digits-resnet-sgd.yml"
+[[ -f $1 ]] || die "recipe $1 is missing"
+[[ -f $hostfile ]] || die "hostfile $hostfile is missing: write one line per host, such as" \
+    "'localhost slots=2'"
+settings=(--recipe-pth "$@")
+
+run-scripts/setup.sh
+
+for flag in "$@"; do
+    case $flag in --plan* | --help | -h) exec "$python" main.py "${settings[@]}" ;; esac
+done
+
+# Where main.py will look for its data set. Asking also finds a wrong flag now, not later once per
+# rank.
+ask='
+import os, sys
+from training.config import ConfigError, absolute, load
+try:
+    config = load(sys.argv[1:])
+    print(absolute(config.data_pth) / config.data)
+except ConfigError as problem:
+    print(f"run.sh: {problem}", file=sys.stderr)
+    sys.exit(2)'
+data=$("$python" -c "$ask" "${settings[@]}") || exit
+[[ $data != */digits ]] || "$python" -m data.write digits --out "$data"
+
+# A port that is free here, so that two runs on one machine don't collide.
+port=$("$python" -c 'import socket
+print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
+launch=(--quiet --hostfile "$hostfile" --master_port "$port")
+hosts=$(grep -vE '^[[:space:]]*(#|$)' "$hostfile" | sed 's/[[:space:]].*//')
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || true
+
+if grep -qvxE 'localhost|127\.0\.0\.1' <<<"$hosts"; then
+    launch+=(--master_addr "$(head -n 1 <<<"$hosts")") # docs/cluster.md
+else
+    launch+=(--no_ssh_check --master_addr 127.0.0.1)
+    # DeepSpeed's launcher starts one process per slot. The shipped two slots are right for up to
+    # three GPUs (on one, both replicas share it); a hostfile that was edited is left alone. More are
+    # used in powers of two, which divide the batch.
+    if ((gpus > 3)) && [[ $(<"$hostfile") == "localhost slots=2" ]]; then
+        temporary=$(mktemp)
+        echo "localhost slots=$gpus" >"$temporary"
+        # With a hostfile the launcher overwrites this variable, so its choice is passed as a flag.
+        IFS=, read -ra ids <<<"${CUDA_VISIBLE_DEVICES:-$(seq --separator=, 0 $((gpus - 1)))}"
+        count=1
+        while ((count * 2 <= ${#ids[@]} && count < 32)); do count=$((count * 2)); done
+        chosen=$(IFS=,; echo "${ids[*]:0:count}")
+        launch+=(--hostfile "$temporary" --include "localhost:$chosen")
+    fi
+fi
+
+# Told so, DeepSpeed's launcher doesn't warn that there is none.
+((gpus)) || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+
+# DeepSpeed's runner passes no signal on, and its ranks would train without it. So it gets a process
+# group of its own (set -m), and this script ends the group; $! is its number.
+signal() { kill "-$1" -- "-$!" 2>/dev/null || true; }
+
+running() { # is a process left in the group? Zombies don't count: a container may keep them
+    local stat line fields
+    for stat in /proc/[0-9]*/stat; do
+        { read -r line <"$stat"; } 2>/dev/null || continue
+        read -ra fields <<<"${line##*) }" # state, parent, process group
+        [[ ${fields[2]} != "$!" || ${fields[0]} == Z ]] || return 0
+    done
+    return 1
+}
+
+finish() { # STATUS: leave once no rank is left
+    local deadline=$((SECONDS + grace))
+    while running; do
+        ((SECONDS < deadline)) || signal KILL
+        ((SECONDS < deadline + 10)) || break
+        sleep 0.2
+    done
+    exit "$1"
+}
+
+stop() { # STATUS
+    trap 'signal KILL' INT TERM HUP # the second time, at once
+    signal TERM
+    finish "$1"
+}
+
+trap 'rm -f ${temporary:+"$temporary"}' EXIT
+trap 'stop 129' HUP
+trap 'stop 130' INT
+trap 'stop 143' TERM
+set -m
+.venv/bin/deepspeed "${launch[@]}" main.py "${settings[@]}" &
+set +m
+status=0
+wait "$!" || status=$?
+# The runner reports success even when the process under it was killed. Ranks still at work tell.
+if ((status == 0)) && running && sleep 10 && running; then
+    echo "run.sh: the launcher died and its ranks train on: ending them; run this again" >&2
+    stop 1
+fi
+finish "$status"

@@ -1,0 +1,45 @@
+"""The training step never waits for the GPU: the host runs ahead, and launches are hidden."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from training import engine, models, optimizers
+from training.config import load
+from training.lr import Schedule
+from training.methods import Mixup
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("recipe", ["vit-b-localadamw-cosine", "resnet50-localsgd-cosine"])
+def test_a_step_between_records_makes_no_host_synchronisation(recipe: str) -> None:
+    model_name = {"v": "simplevit-ti16", "r": "resnet18"}[recipe[0]]
+    config = load(["--recipe-pth", f"recipe/{recipe}.yml", "--model", model_name])
+    config = replace(config, total_batch_size=8, physical_batch_size=4, h_base=3)
+    place = engine.start(config)
+    model = models.build(model_name, classes=10, resolution=224, seed=0).to(place.device)
+    optimizer = optimizers.build(config, model, Schedule.of(config, 100))
+    trainer = engine.Engine(config, model, optimizer, world_size=1)
+    mixup = Mixup(0.2, seed=0, classes=10, first=0, physical_batch=4)
+    batch = torch.randn(4, 3, 224, 224, device=place.device), torch.arange(4, device=place.device)
+
+    def step(number: int) -> torch.Tensor:
+        micro_batches = (mixup(batch, number, micro_step) for micro_step in (0, 1))
+        return trainer.step(micro_batches, norms=True).loss
+
+    for number in range(3):  # allocations and cuDNN's choices
+        step(number)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [step(number) for number in (3, 4)]  # the round's end, at 6, reads its header
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.isfinite(torch.stack(losses).cpu().numpy()).all()
