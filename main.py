@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -48,7 +49,9 @@ if __name__ == "__main__":
             from training.plan import plan
             from training.plan_report import report
 
-            print(report(plan(sys.argv[1:])))
+            text = report(plan(sys.argv[1:]))
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+            print(text)
             sys.exit()
         settings = load(sys.argv[1:])
     except ConfigError as problem:

@@ -3,9 +3,11 @@
     write.py       `python -m data.write SOURCE --out DIR`: train.beton, val.beton, dataset.json
     digits.py      the embedded data set: 1,797 real handwritten digits
     cifar10.py     CIFAR-10, from the folder where torchvision puts it
+    imagefolder.py a tree of image files by class, such as ImageNet
     dataset.py     dataset.json and the checks made before a .beton is read
     order.py       who reads what: permutations, shards, and random draws per sample
     augment.py     crop boxes and flips from draws; the FFCV decoder that applies them
+    randaugment.py RandAugment, compiled; randaugment_torch.py, the same on a GPU
     ffcv_parts.py  what is used of FFCV, imported without its side effects
     loaders.py     TrainData and ValData, which the training program iterates
 

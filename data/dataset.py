@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ CHECKSUM_LIMIT = 64 * 2**20
 
 
 class DataError(Exception):
-    """Data are missing, damaged or not those asked for. One line, with the path."""
+    """Data are missing, damaged or not those asked for. One line, with the path; where several
+    files are broken, one for each.
+    """
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class Dataset:
         settings: what the source was asked for, such as the split and the image size in pixels, or
             a checksum of the files it was made from.
         classes: names; the label is the position.
-        mean, std: per channel, over the training part's pixels, black being 0 and white 1.
+        mean, std: per channel, black being 0 and white 1: what images are normalised with, by
+            default the training part's own.
         files: by file name.
+        skipped: names of the source's files that were left out, being broken.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Dataset:
     mean: list[float]
     std: list[float]
     files: dict[str, File]
+    skipped: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path) -> Dataset:
@@ -70,7 +75,10 @@ class Dataset:
             raise DataError(f"{path} cannot be read ({error}); {_remedy(path)}") from None
 
     def dump(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        content = asdict(self)
+        if not self.skipped:
+            del content["skipped"]
+        return json.dumps(content, indent=2) + "\n"
 
 
 def checked(path: str | Path) -> Dataset:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from data import augment, order
+from data import augment, order, randaugment_torch
 from data.augment import SAMPLE, BoxDecoder
 from data.dataset import Dataset, checked, damaged
 from data.ffcv_parts import (
@@ -32,6 +32,7 @@ from data.ffcv_parts import (
     loader_module,
 )
 from data.order import Stream
+from data.randaugment import RandAugment
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # (b, 3, R, R) float32 channels_last; (b,) int64
 
@@ -49,6 +50,8 @@ class Beton:
         workers: threads that decode; the result doesn't depend on their number.
         device: where the batches go.
         padding: by how many pixels boxes may leave their image on each side; it is black there.
+        randaugment: what else happens to the images; None for nothing. It is computed by the
+            threads that decode or, where the device is a GPU, there; the pixels are the same.
 
     Attributes:
         dataset: the description: class names, mean and standard deviation.
@@ -70,6 +73,7 @@ class Beton:
         workers: int,
         device: torch.device | str,
         padding: int = 0,
+        randaugment: RandAugment | None = None,
     ) -> None:
         for name, value in (
             ("resolution", resolution), ("batch size", batch_size), ("workers", workers)
@@ -78,16 +82,20 @@ class Beton:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if padding < 0:
             raise ValueError(f"padding must be at least 0, got {padding}")
-        path = Path(path)
+        path, device = Path(path), torch.device(device)
         self.dataset = checked(path)
         self._samples, self.labels = _tables(path, self.dataset)
         self.images = len(self.labels)
         self.heights, self.widths = self._samples["height"], self._samples["width"]
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._padding, self._padded = padding, True if padding else None
-        decoder = BoxDecoder(resolution, pool, workers, self._padded)
+        batched = _augments_batches(device)
+        self._augmentation = None if randaugment is None or batched else randaugment.apply
+        decoder = BoxDecoder(resolution, pool, workers, self._padded, self._augmentation)
         self._loader = _open(path, decoder, batch_size)
-        self._receive = _Receiver(torch.device(device), self.dataset)
+        self._receive = _Receiver(
+            device, self.dataset, resolution, randaugment if batched else None
+        )
         self._compile(resolution)
 
     def batches(
@@ -105,7 +113,7 @@ class Beton:
             indices: (m,) which samples, none twice.
             boxes: (m, 4) their crops: top, left, height, width in pixels of the stored image.
             flips: (m,) bool, which to mirror; None for none.
-            seeds: (m,) uint64 for compiled augmentations; None for zeros.
+            seeds: (m,) uint64 for RandAugment; None for zeros.
 
         Raises:
             ValueError: an index is out of range or given twice, or a box leaves its padded image.
@@ -129,9 +137,10 @@ class Beton:
         position = 0
         try:
             for pixels in epoch:
-                labels = self.labels[indices[position : position + len(pixels)]]
+                batch = indices[position : position + len(pixels)]
                 position += len(pixels)
-                yield self._receive(pixels, labels)
+                seeds = table[self._image_column]["seed"][batch]
+                yield self._receive(pixels, self.labels[batch], seeds)
                 self._receive.wait()
         finally:
             self._receive.wait()
@@ -157,11 +166,13 @@ class Beton:
             raise ValueError(f"the box {boxes[at].tolist()} leaves image {indices[at]}")
 
     def _compile(self, resolution: int) -> None:
-        """Compile the decoder now (once per process) rather than within the first step."""
+        """Compile the threads' code now (once per process) rather than within the first step."""
         with self._loader.memory_manager.schedule_epoch([]) as context:
             nothing = np.empty((0, resolution, resolution, 3), np.uint8)
             none = np.empty(0, np.int64)
             augment.decode_samples(none, self._samples, context.state[0], nothing, self._padded)
+        if self._augmentation is not None:
+            self._augmentation(nothing, np.empty(0, np.uint64))
 
 
 class TrainData:
@@ -187,6 +198,7 @@ class TrainData:
             by up to so many pixels as it is stored. The window, of the stored image's size, is then
             resized to R like any other crop; where the stored image is of that size, not at all.
         label_skew: if positive, the concentration of the ranks' class mixes; 0 for no skew.
+        randaugment: applied after crop, resize and flip, before the normalisation.
         workers, device: see `Beton`.
 
     Attributes:
@@ -217,12 +229,13 @@ class TrainData:
         flip: bool = True,
         padding: int = 0,
         label_skew: float = 0.0,
+        randaugment: RandAugment | None = None,
         workers: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
         self._beton = Beton(
             path, resolution=resolution, batch_size=physical_batch, workers=workers, device=device,
-            padding=padding,
+            padding=padding, randaugment=randaugment,
         )  # fmt: skip
         self.dataset = self._beton.dataset
         self.images = self._beton.images
@@ -428,25 +441,43 @@ class _MappedFile(OSCacheManager):
         read-only on the way, and nothing compiled afterwards could write to such an array."""
 
 
-class _Receiver:
-    """Takes pixels out of FFCV's memory and normalises them on the device."""
+def _augments_batches(device: torch.device) -> bool:
+    """Whether RandAugment runs on the device, rather than in the threads that decode."""
+    return device.type == "cuda"
 
-    def __init__(self, device: torch.device, dataset: Dataset) -> None:
+
+class _Receiver:
+    """Takes pixels out of FFCV's memory, augments and normalises them on the device."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        dataset: Dataset,
+        resolution: int,
+        randaugment: RandAugment | None,
+    ) -> None:
         self.device = device
+        self.randaugment = randaugment
+        # For a row of pixels, (R * 3,): torch is slow where the innermost dimension is of size 3.
         self.mean, self.std = (
-            torch.tensor(values, device=device).mul_(255).view(1, 3, 1, 1)
+            torch.tensor(values, device=device).mul_(255).repeat(resolution)
             for values in (dataset.mean, dataset.std)
         )
         # On a stream of their own copies don't queue behind the model's work: the wait is short.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, pixels: np.ndarray, labels: np.ndarray) -> Batch:
-        """From (b, R, R, 3) uint8 and (b,) int64 to a Batch in memory of its own."""
+    def __call__(self, pixels: np.ndarray, labels: np.ndarray, seeds: np.ndarray) -> Batch:
+        """From (b, R, R, 3) uint8 and (b,) int64 and uint64 to a Batch in memory of its own."""
         images, labels = torch.from_numpy(pixels), torch.from_numpy(labels)
         if self.stream is not None:
             images, labels = self._copy(images, labels)
-        images = images.to(self.device).permute(0, 3, 1, 2)  # channels_last, and stays so
-        return images.sub(self.mean).div_(self.std), labels.to(self.device)
+        images = images.to(self.device)
+        if self.randaugment is not None:
+            plan = self.randaugment.plan(seeds, *pixels.shape[1:3])
+            images = randaugment_torch.transform(images, plan)
+        normalised = images.flatten(2).float().sub_(self.mean).div_(self.std)
+        # channels_last, for the memory stays as it is
+        return normalised.view(images.shape).permute(0, 3, 1, 2), labels.to(self.device)
 
     def _copy(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         with torch.cuda.stream(self.stream):
@@ -519,6 +550,17 @@ def _tables(path: Path, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     if len(stored) != dataset.files[path.name].images or not sound.all():
         raise damaged(path, "has inconsistent tables")
     return samples, labels.astype(np.int64)
+
+
+def stored_side(path: str | Path) -> int | None:
+    """The side in pixels, if all images of a file are squares of one size; else None.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    samples, _ = _tables(Path(path), checked(path))
+    sides = np.unique(np.concatenate([samples["height"], samples["width"]]))
+    return int(sides[0]) if len(sides) == 1 else None
 
 
 def _in_chunks(function: Callable[[np.ndarray], np.ndarray], indices: np.ndarray) -> np.ndarray:

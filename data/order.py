@@ -26,6 +26,7 @@ class Stream(IntEnum):
     SHARDS = 6  # which images a replica owns, where the replicas' shards are skewed
     SHARD_ORDER = 7  # in which order it goes through them
     MIXUP = 8  # how much of its neighbour an image takes; in place of the epoch, the step
+    STORAGE = 9  # whether an image of a tree is stored as JPEG or as pixels
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:

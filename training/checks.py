@@ -32,6 +32,23 @@ def with_fitting_batches(config: Config, replicas: int) -> Config:
     return dataclasses.replace(config, physical_batch_size=physical)
 
 
+def with_resolution(config: Config, side: int | None) -> Config:
+    """``config`` with the images' own resolution, where it leaves that to them.
+
+    Args:
+        config: the settings.
+        side: of all images, in pixels; None where they differ.
+
+    Raises:
+        ConfigError: if it leaves it to images that differ.
+    """
+    if config.resolution != -1:
+        return config
+    if side is None:
+        raise ConfigError(f"resolution is -1: images of {config.data} differ in size; give one")
+    return dataclasses.replace(config, resolution=side)
+
+
 def check_model(config: Config, model: nn.Module, replicas: int) -> None:
     """Refuse settings that the model cannot have.
 

@@ -166,7 +166,8 @@ def plan(argv: Sequence[str]) -> Plan:
     schedule = Schedule.of(config, steps_per_epoch)
     if config.local:
         optimizers.rule(config)  # a wrong setting should be named before a model is built
-    model = _model(config, data)
+    config = checks.with_resolution(config, data.resolution)
+    model = _model(config, data.classes)
     checks.check_model(config, model, len(nodes))
     return Plan(
         recipe=recipe,
@@ -312,21 +313,17 @@ def _described(path: Path, known: Known | None) -> Known:
     return Known(images, len(dataset.classes), resolution)
 
 
-def _model(config: Config, data: Known) -> nn.Module:
+def _model(config: Config, classes: int) -> nn.Module:
     """The run's model, with shapes and no numbers where it can be built so."""
     import torch
 
     from . import models
 
-    resolution = data.resolution if config.resolution == -1 else config.resolution
-    if resolution is None:
-        raise ConfigError(f"resolution is -1: images of {config.data} differ in size; give one")
-
     def made() -> nn.Module:
         return models.build(
             config.model,
-            classes=data.classes,
-            resolution=resolution,
+            classes=classes,
+            resolution=config.resolution,
             seed=config.init_model_by_seed,
             blurpool=config.blurpool,
             squeeze_excite=config.squeeze_excite,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from data.dataset import checked
-from data.loaders import TrainData, ValData
+from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
 from localopt import LocalOptimizer, control
 from localopt.collective import Collective
@@ -86,7 +86,11 @@ def assembled(config: Config) -> Iterator[Run]:
     collective = Collective()
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
-    train_data, val_data = _open_data(config, place, collective)
+    _write_digits_if_missing(config, place, collective)
+    if config.resolution == -1:
+        side = stored_side(_data_folder(config) / "train.beton")
+        config = checks.with_resolution(config, side)
+    train_data, val_data = _open_data(config, place)
     steps_per_epoch = checks.steps_per_epoch(config, train_data.images)
     schedule = Schedule.of(config, steps_per_epoch)
 
@@ -203,16 +207,24 @@ def _randaugment(config: Config) -> RandAugment | None:
     )
 
 
-def _open_data(
+def _write_digits_if_missing(
     config: Config, place: engine.Place, collective: Collective
-) -> tuple[TrainData, ValData]:
-    folder = absolute(config.data_pth) / config.data
-    # The embedded data set is written where it is missing, once per host.
+) -> None:
+    """The embedded data set: once per host."""
+    folder = _data_folder(config)
     if config.data == "digits" and place.local_rank == 0 and not (folder / "dataset.json").exists():
         from data import write  # imports scikit-learn, which takes a second
 
         write.write("digits", {"size": 32, "split": "test"}, folder)
     control.gather(collective, "data are there")
+
+
+def _data_folder(config: Config) -> Path:
+    return absolute(config.data_pth) / config.data
+
+
+def _open_data(config: Config, place: engine.Place) -> tuple[TrainData, ValData]:
+    folder = _data_folder(config)
     common = {
         "rank": place.rank,
         "world_size": place.world_size,

@@ -18,9 +18,9 @@ healthy_step = engine.Engine.step
 steps = 0
 
 
-def step(self: engine.Engine, micro_batches: Any) -> engine.Measures:
+def step(self: engine.Engine, micro_batches: Any, **options: Any) -> engine.Measures:
     global steps
-    measures = healthy_step(self, micro_batches)
+    measures = healthy_step(self, micro_batches, **options)
     steps += 1
     if steps == 3 and torch.distributed.get_rank() == 1:
         with torch.no_grad():

@@ -13,9 +13,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-# The fork server imports torch and DeepSpeed once: a rank then starts in milliseconds.
-_context.set_forkserver_preload(["torch", "localopt", "deepspeed"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["tests.dist.preload"])
 
 
 class RankError(AssertionError):
@@ -45,8 +44,8 @@ def outcomes_of(
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
-            process = _context.Process(
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
                 target=_rank, args=(function, rank, world_size, f"{folder}/store", sender, args)
             )
             process.start()

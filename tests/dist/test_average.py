@@ -474,7 +474,8 @@ def scaled(rank: int, m: int) -> list[Any]:
 
 
 def test_grad_scaler() -> None:
-    """A step that GradScaler skips on one replica is a step of the round all the same: with auto, without it, unscaled before or not, and with an inner optimizer that unscales."""
+    """A step that GradScaler skips on one replica is a step of the round all the same: with auto,
+    without it, unscaled before or not, and with an inner optimizer that unscales."""
     zero, one = run(scaled, 2)
     for (x, scale), (y, other_scale) in zip(zero, one, strict=True):
         assert np.array_equal(x, y)

@@ -54,7 +54,8 @@ def follow(rank: int, m: int, name: Any, manual: bool) -> tuple[np.ndarray, list
 
 
 def easgd(m: int) -> np.ndarray:
-    """x ← x - (p/H)(x - z) every step; x ← (1 - c/m) x + (c/m) z, z ← (1 - c) z + c x̄ every H-th."""
+    """x ← x - (p/H)(x - z) every step; every H-th x ← (1 - c/m) x + (c/m) z,
+    z ← (1 - c) z + c x̄."""
     x, z, xs = np.tile(START, (m, 1)), START, []
     for step in range(1, STEPS + 1):
         x = x - RATE * (x - targets(m))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from localopt import (
     QSR,
+    AbsentRankError,
     Average,
     Constant,
-    AbsentRankError,
     LayoutMismatchError,
     LocalAdamW,
     LocalOptimizer,

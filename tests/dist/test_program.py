@@ -499,7 +499,8 @@ def test_a_rank_that_resumes_from_another_checkpoint_is_named(flags, checkpoint:
 
 
 def test_a_resumed_run_follows_its_own_settings(flags, checkpoint: Path) -> None:
-    outcome = start(*flags, "--resume-pth", str(checkpoint), "--wd", "0.5", "--beta1", "0.5", "--beta2", "0.6")
+    own = ("--wd", "0.5", "--beta1", "0.5", "--beta2", "0.6")
+    outcome = start(*flags, "--resume-pth", str(checkpoint), *own)
     assert outcome.codes == [0, 0], outcome.errors
     file = outcome.folder / "checkpoints/step-00000012/rank-0001.pt"
     (group,) = torch.load(file, weights_only=True)["optimizer"]["param_groups"]

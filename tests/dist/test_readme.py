@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from training.plan import plan
+
 from .program import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -48,3 +50,32 @@ def test_what_it_names_is_there(name: str) -> None:
 def test_every_recipe_and_script_is_named() -> None:
     files = [*(ROOT / "recipe").glob("*.yml"), *(ROOT / "run-scripts").glob("*.sh")]
     assert [file.name for file in files if file.name not in README] == []
+
+
+ROWS = re.findall(r"^\| `([\w-]+\.yml)`.*?\| .*?: ([\d.]+) % \|", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("recipe", "share"), ROWS, ids=lambda row: row.removesuffix(".yml"))
+def test_a_recipe_synchronises_as_often_as_it_says(recipe: str, share: str) -> None:
+    thought = plan(["--plan", "--recipe-pth", f"recipe/{recipe}", "--data-pth", "/none"])
+    own = thought.scenarios[thought.chosen]
+    digits = len(share.partition(".")[2])
+    assert f"{100 * len(own.rounds) / thought.schedule.total_steps:.{digits}f}" == share
+
+
+def test_its_table_of_shares_was_found() -> None:
+    assert len(ROWS) >= 12
+
+
+LAUNCHERS = {"--hostfile", "--master_addr", "--no_ssh", "--no_ssh_check"}
+
+
+def test_the_flags_it_names_are_those_of_help() -> None:
+    pages = README + (ROOT / "docs/choosing-alpha.md").read_text()
+    named = re.findall(r"main\.py[^`\n]*? (--[\w-]+)|`(--[\w-]+)[`= ]", pages)
+    flags = {flag.replace("--no-", "--") for pair in named for flag in pair if flag} - LAUNCHERS
+    told = subprocess.run(
+        [sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    shown = set(re.findall(r"--[\w-]+", told))
+    assert {flag.replace("_", "-") for flag in flags} <= shown and len(flags) > 30

@@ -161,7 +161,8 @@ def without_rate(rank: int, m: int, ranks: set[int]) -> list[str]:
 
 
 def test_a_rate_of_zero_is_refused_on_every_rank() -> None:
-    """Nothing is divided by γ = 0; where one replica has it, all say so (overlapped: a round late)."""
+    """Nothing is divided by γ = 0; where one replica has it, all say so (overlapped: a
+    round late)."""
     for told in run(without_rate, 2, {0, 1}):
         assert all(text.startswith("ValueError: the mean learning rate") for text in told)
         assert len(told) == 2

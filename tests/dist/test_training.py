@@ -47,9 +47,11 @@ def _engine(world_size: int, model: nn.Module, *flags: str) -> tuple[Any, Any]:
     from training.engine import Engine
 
     os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as a launcher would
-    config = load(["--total-batch-size", "8", "--epochs", "1", "--warmup-epochs", "0",
-                   "--scheduler", "const", "--max-lr", "0.05", "--wd", "0", "--label-smoothing", "0",
-                   "--physical-batch-size", str(8 // world_size), *flags])  # fmt: skip
+    config = load([
+        "--total-batch-size", "8", "--epochs", "1", "--warmup-epochs", "0", "--scheduler", "const",
+        "--max-lr", "0.05", "--wd", "0", "--label-smoothing", "0",
+        "--physical-batch-size", str(8 // world_size), *flags,
+    ])  # fmt: skip
     optimizer = optimizers.build(config, model, Schedule.of(config, STEPS))
     return Engine(config, model, optimizer, world_size), optimizer
 

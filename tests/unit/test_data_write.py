@@ -1,5 +1,6 @@
 """data.digits and data.write: the embedded data set and its files."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -85,6 +86,16 @@ def test_description(folder):
         assert (folder / name).stat().st_size == file["bytes"]
 
 
+def test_the_bytes_are_the_same_in_every_release(folder):
+    """Data written long ago would be written anew, or refused, if these changed."""
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    assert sums == {
+        "dataset.json": "0f84f1168bdc1dfa6ae64138b531b513893a54edb59ddc1ec841a2aea6386d6d",
+        "train.beton": "d055da74844608bb0b3456a97a2c3ea6738d51352b8637c0d210e92d8ea39e9f",
+        "val.beton": "5b8252a3ede8fca554bc9df78b0147305262a8e83d84ae72c56047081831b84c",
+    }
+
+
 def test_writing_again_does_nothing_and_force_writes_the_same_bytes(folder, capsys):
     before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.iterdir()}
     assert sorted(before) == ["dataset.json", "train.beton", "val.beton"]
@@ -125,10 +136,30 @@ def test_a_failure_leaves_what_was_there(folder, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write, "handle_sample", fail)
+    monkeypatch.setattr(write._Pages, "put", fail)
     with pytest.raises(write.DataError, match="No space left"):
         write.write("digits", {"size": 16, "split": "test"}, folder, force=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_interruption_between_two_pages_ends_at_once(tmp_path):
+    pages = write._Pages(tmp_path / "file", 0, write.MIN_PAGE_SIZE)
+    with pytest.raises(KeyboardInterrupt), pages:
+        pages.put(np.zeros(9, np.uint8))
+        pages.flush_page()  # FFCV would wait for ever for its turn to write this page again
+        raise KeyboardInterrupt
+    assert (tmp_path / "file").stat().st_size == write.MIN_PAGE_SIZE
+
+
+def test_what_a_source_finds_out_at_the_end_can_stop_it(tmp_path):
+    def refuse():
+        raise write.DataError("too late")
+
+    samples = [(np.zeros((9, 9, 3), np.uint8), 0)]
+    content = write.Content(["a"], [0.5] * 3, [0.5] * 3, samples, samples, findings=refuse)
+    with pytest.raises(write.DataError, match="too late"):
+        write.write_content("late", {}, content, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_is_one_line_and_code_2(tmp_path, capsys):

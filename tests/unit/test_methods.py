@@ -112,7 +112,8 @@ def test_the_moving_average_is_per_step_however_long_rounds_are() -> None:
         before = step
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with ema.in_place():
-        torch.testing.assert_close(model[0].weight.detach().double(), expected, rtol=1e-6, atol=1e-7)
+        held = model[0].weight.detach().double()
+        torch.testing.assert_close(held, expected, rtol=1e-6, atol=1e-7)
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
 
     again = Ema(model, 0.9)

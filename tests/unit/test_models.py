@@ -8,7 +8,6 @@ import torch
 from training import models
 from training.config import ConfigError
 
-
 # One of each kind: the larger ones differ in numbers only.
 LARGE = {"simplevit-s16", "simplevit-b16", *models.TORCHVISION[1:]}
 

@@ -22,11 +22,12 @@ from training.plan_report import report
 
 PAGE = (ROOT / "docs" / "choosing-alpha.md").read_text()
 VIT = (
-    "--data imagenet --epochs 300 --total-batch-size 4096 --physical-batch-size 128 "
-    "--max-lr 0.008 --warmup-steps 10000 --alpha 0.0175 --plan-nodes 2 --plan-gpus 8"
+    "--data imagenet --resolution 224 --epochs 300 --total-batch-size 4096 "
+    "--physical-batch-size 128 --max-lr 0.008 "
+    "--warmup-steps 10000 --alpha 0.0175 --plan-nodes 2 --plan-gpus 8"
 )
 RESNET = (
-    "--data imagenet --optimizer localsgd --epochs 200 --total-batch-size 4096 "
+    "--data imagenet --resolution 224 --optimizer localsgd --epochs 200 --total-batch-size 4096 "
     "--physical-batch-size 32 --max-lr 0.8 --warmup-epochs 5 --plan-nodes 2 --plan-gpus 8"
 )
 
@@ -224,7 +225,8 @@ def test_odd_runs_have_a_plan_too(flags: str) -> None:
 def test_the_data_set_is_measured_or_known_or_given(tmp_path: Path) -> None:
     assert planned(f"--data-pth {tmp_path}").images == 1_438
     assert planned(f"--data-pth {tmp_path} --plan-images 500").images == 500
-    given = f"--data-pth {tmp_path} --data flowers --plan-images 6149 --plan-classes 102"
+    flowers = f"--data-pth {tmp_path} --data flowers --resolution 32"
+    given = f"{flowers} --plan-images 6149 --plan-classes 102"
     made = planned(given)
     assert (made.steps_per_epoch, made.parameters) == (192, 137_002 + 92 * 65)
     (tmp_path / "flowers").mkdir()
@@ -233,7 +235,7 @@ def test_the_data_set_is_measured_or_known_or_given(tmp_path: Path) -> None:
         '{"name": "flowers", "settings": {}, "classes": ["a", "b"], "mean": [], "std": [], '
         '"files": {"train.beton": {"images": 99, "bytes": 1, "sha256": ""}}}'
     )
-    made = planned(f"--data-pth {tmp_path} --data flowers")
+    made = planned(flowers)
     assert (made.images, made.source) == (99, "dataset.json")
     description.write_text("{")
     assert "cannot be read" in complaint(f"--plan --data-pth {tmp_path} --data flowers")
