@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -38,8 +39,10 @@ def fail(message: str, status: int = 2) -> NoReturn:
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     # Ranks of a host mostly fail alike: the launcher ends the others before they repeat it.
     time.sleep(0 if local_rank == "0" else 3)
-    print(f"main.py: rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # whoever reads this may be gone
+        place = f"rank {rank} on {socket.gethostname()}"
+        print(f"main.py: {place}: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(status)  # an orderly exit could wait for collectives that never end
 
 

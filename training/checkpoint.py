@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from localopt import LocalOptimizer, control
 from localopt.collective import Collective
 
-from .config import DEFAULTS, Config, ConfigError, absolute
+from .config import DEFAULTS, PER_HOST, Config, ConfigError, absolute
 from .engine import PATIENCE
 from .optimizers import DataParallel
 
@@ -98,7 +98,8 @@ def save(
             "format": FORMAT,
             "step": step,
             "world_size": collective.world_size,
-            "config": config.as_dict(),
+            # Alike on all hosts, whose paths differ: ranks compare manifests before they resume.
+            "config": {k: v for k, v in config.as_dict().items() if k not in PER_HOST},
             "files": {_rank_file(rank): json.loads(text) for rank, text in enumerate(files)},
         }
         _publish(draft, final, manifest)

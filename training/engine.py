@@ -42,6 +42,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # How far replicas may be apart in time at the end of a round of thousands of steps.
 PATIENCE = timedelta(hours=1)
+# How long the first waits for the last at the start.
+ARRIVAL = timedelta(minutes=5)
 
 # Images (b, 3, R, R) and labels (b,); where labels are mixed, probabilities (b, classes).
 Batch = tuple[Tensor, Tensor]
@@ -67,7 +69,7 @@ def start(config: Config) -> Place:
 
     Raises:
         ConfigError: if GPUs are asked for and there are none, or the launcher's hostfile is
-            missing.
+            missing, or some replicas do not come.
     """
     _require_hostfile()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -84,10 +86,28 @@ def start(config: Config) -> Place:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas_here))
     own_gpu = device.type == "cuda" and replicas_here <= gpus
-    deepspeed.init_distributed(
-        dist_backend="nccl" if own_gpu else "gloo", verbose=False, timeout=PATIENCE
-    )
+    _join("nccl" if own_gpu else "gloo")
     return Place(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _join(backend: str) -> None:
+    """Meet the other replicas, which after `ARRIVAL` have failed to come."""
+    if dist.is_initialized():
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=ARRIVAL))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"not all {world_size} replicas met at {where} within {ARRIVAL.total_seconds():.0f} "
+            f"seconds ({str(error).partition(chr(10))[0]}): see docs/cluster.md"
+        ) from None
+    store.set_timeout(PATIENCE)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE
+    )
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=PATIENCE)
 
 
 def _require_hostfile() -> None:

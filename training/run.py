@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from data.dataset import checked
+from data.dataset import checked, sha256
 from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
 from localopt import LocalOptimizer, control
@@ -86,7 +86,7 @@ def assembled(config: Config) -> Iterator[Run]:
     collective = Collective()
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
-    _write_digits_if_missing(config, place, collective)
+    _agree_on_data(config, place, collective)
     if config.resolution == -1:
         side = stored_side(_data_folder(config) / "train.beton")
         config = checks.with_resolution(config, side)
@@ -207,16 +207,17 @@ def _randaugment(config: Config) -> RandAugment | None:
     )
 
 
-def _write_digits_if_missing(
-    config: Config, place: engine.Place, collective: Collective
-) -> None:
-    """The embedded data set: once per host."""
+def _agree_on_data(config: Config, place: engine.Place, collective: Collective) -> None:
+    """Write the embedded data set where it is missing, once per host; raise if hosts' differ."""
     folder = _data_folder(config)
     if config.data == "digits" and place.local_rank == 0 and not (folder / "dataset.json").exists():
         from data import write  # imports scikit-learn, which takes a second
 
         write.write("digits", {"size": 32, "split": "test"}, folder)
     control.gather(collective, "data are there")
+    description = folder / "dataset.json"
+    told = sha256(description) if description.exists() else "none"
+    control.agree(collective, [f"data {config.data}: {told}"], control.TIMEOUT)
 
 
 def _data_folder(config: Config) -> Path:

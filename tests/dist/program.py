@@ -47,8 +47,11 @@ def start(
     per_rank: Sequence[Sequence[str]] = (),
     script: Path = ROOT / "main.py",
     timeout: float = 120,
+    absent: int = 0,
 ) -> Outcome:
-    """Run ``script`` with ``flags`` on ``world_size`` ranks; ``per_rank``: a rank's own flags.
+    """Run ``script`` with ``flags`` on ``world_size`` ranks, of which the last may be ``absent``.
+
+    ``per_rank`` are a rank's own flags.
 
     When a rank fails the others have ten seconds to fail too, then they are killed.
     """
@@ -56,7 +59,7 @@ def start(
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         processes = []
-        for rank in range(world_size):
+        for rank in range(world_size - absent):
             place = {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size,
                 "LOCAL_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
@@ -78,7 +81,7 @@ def start(
                 timeout = 10
         codes = [process.exitcode for process in processes]
         outputs, errors = (
-            [Path(folder, f"{rank}.{name}").read_text() for rank in range(world_size)]
+            [Path(folder, f"{rank}.{name}").read_text() for rank in range(len(codes))]
             for name in ("stdout", "stderr")
         )
     return Outcome(codes, outputs, errors)

@@ -434,6 +434,26 @@ def test_a_replica_with_another_recipe_is_named_on_every_rank(flags) -> None:
         assert "alpha: 0.9" in line
 
 
+def test_a_host_with_another_data_set_is_named(flags, tmp_path: Path) -> None:
+    write = [sys.executable, "-m", "data.write", "digits", "--split", "tune", "--out"]
+    subprocess.run([*write, str(tmp_path / "digits")], check=True, cwd=ROOT)
+    outcome = start(*flags, per_rank=[(), ("--data-pth", str(tmp_path))])
+    for rank in (0, 1):
+        line = one_line(outcome, rank)
+        assert "rank 1 has [data digits: " in line
+
+
+def test_replicas_that_do_not_come_are_not_waited_for_all_day(flags, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.py"
+    alone.write_text(
+        "import sys\nfrom datetime import timedelta\nimport main\n"
+        "from training import config, engine\n"
+        "engine.ARRIVAL = timedelta(seconds=3)\nmain.main(config.load(sys.argv[1:]))\n"
+    )
+    outcome = start(*flags, script=alone, world_size=2, absent=1)
+    assert "not all 2 replicas met at 127.0.0.1" in one_line(outcome)
+
+
 def test_a_replica_that_goes_nan_is_named_on_every_rank(flags) -> None:
     poisoned = ROOT / "tests/dist/poisoned.py"
     outcome = start(
