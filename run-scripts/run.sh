@@ -10,7 +10,7 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
-grace=60 # seconds between the first signal and the last: ranks may end their round and save
+grace=60 # seconds between the first signal and the last
 hostfile=${HOSTFILE:-hostfile}
 die() { echo "run.sh: $*" >&2; exit 2; }
 
@@ -22,8 +22,29 @@ settings=(--recipe-pth "$@")
 
 run-scripts/setup.sh
 
+hosts=$(sed -E 's/#.*//; s/^[[:space:]]+//; s/[[:space:]].*//; /^$/d' "$hostfile")
+[[ -n $hosts ]] || die "hostfile $hostfile lists no host: write one line per host, such as" \
+    "'localhost slots=2'"
+
+# DeepSpeed's launcher starts one process per slot. The shipped two slots are right for up to three
+# GPUs (on one, both replicas share it); a hostfile that was edited is left alone. More are used in
+# powers of two, which divide the batch.
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || true
+chosen=()
+if ((gpus > 3)) && [[ $(<"$hostfile") == "localhost slots=2" ]]; then
+    # With a hostfile the launcher overwrites this variable, so its choice is passed as a flag.
+    IFS=, read -ra chosen <<<"${CUDA_VISIBLE_DEVICES:-$(seq --separator=, 0 $((gpus - 1)))}"
+    count=1
+    while ((count * 2 <= ${#chosen[@]} && count < 32)); do count=$((count * 2)); done
+    chosen=("${chosen[@]:0:count}")
+fi
+
+plan=(--plan-hostfile "$hostfile" ${chosen:+--plan-gpus "${#chosen[@]}"})
 for flag in "$@"; do
-    case $flag in --plan* | --help | -h) exec "$python" main.py "${settings[@]}" ;; esac
+    case $flag in
+        --help | -h) exec "$python" main.py --help ;;
+        --plan*) exec "$python" main.py "${plan[@]}" "${settings[@]}" ;;
+    esac
 done
 
 # Where main.py will look for its data set. Asking also finds a wrong flag now, not later once per
@@ -38,31 +59,21 @@ except ConfigError as problem:
     print(f"run.sh: {problem}", file=sys.stderr)
     sys.exit(2)'
 data=$("$python" -c "$ask" "${settings[@]}") || exit
-[[ $data != */digits ]] || "$python" -m data.write digits --out "$data"
+[[ $data != */digits || -e $data/dataset.json ]] || "$python" -m data.write digits --out "$data"
 
 # A port that is free here, so that two runs on one machine don't collide.
 port=$("$python" -c 'import socket
 print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
 launch=(--quiet --hostfile "$hostfile" --master_port "$port")
-hosts=$(grep -vE '^[[:space:]]*(#|$)' "$hostfile" | sed 's/[[:space:]].*//')
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || true
 
 if grep -qvxE 'localhost|127\.0\.0\.1' <<<"$hosts"; then
     launch+=(--master_addr "$(head -n 1 <<<"$hosts")") # docs/cluster.md
 else
     launch+=(--no_ssh_check --master_addr 127.0.0.1)
-    # DeepSpeed's launcher starts one process per slot. The shipped two slots are right for up to
-    # three GPUs (on one, both replicas share it); a hostfile that was edited is left alone. More are
-    # used in powers of two, which divide the batch.
-    if ((gpus > 3)) && [[ $(<"$hostfile") == "localhost slots=2" ]]; then
+    if ((${#chosen[@]})); then
         temporary=$(mktemp)
         echo "localhost slots=$gpus" >"$temporary"
-        # With a hostfile the launcher overwrites this variable, so its choice is passed as a flag.
-        IFS=, read -ra ids <<<"${CUDA_VISIBLE_DEVICES:-$(seq --separator=, 0 $((gpus - 1)))}"
-        count=1
-        while ((count * 2 <= ${#ids[@]} && count < 32)); do count=$((count * 2)); done
-        chosen=$(IFS=,; echo "${ids[*]:0:count}")
-        launch+=(--hostfile "$temporary" --include "localhost:$chosen")
+        launch+=(--hostfile "$temporary" --include "localhost:$(IFS=,; echo "${chosen[*]}")")
     fi
 fi
 

@@ -12,7 +12,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,13 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """What counts the steps of the run."""
+
+    def start_at(self, step: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -165,8 +172,9 @@ def resume(config: Config, state: State, collective: Collective, steps_per_epoch
         return step
     if config.optimizer_resume_pth:
         _load_inner_optimizer(config, state.optimizer, collective)
-    if isinstance(state.optimizer, LocalOptimizer):
-        state.optimizer.start_at(wanted or 0)
+    for part in (state.optimizer, state.ema):
+        if isinstance(part, Counting):
+            part.start_at(wanted or 0)
     return wanted or 0
 
 
@@ -180,8 +188,16 @@ def _load_inner_optimizer(
     config: Config, optimizer: LocalOptimizer | DataParallel, collective: Collective
 ) -> None:
     path = absolute(config.optimizer_resume_pth)
-    name = _rank_file(collective.rank if config.multiple_optimizers else 0)
+    # Data-parallel replicas have one state: a local run's would take them apart.
+    own = config.local and config.multiple_optimizers
+    name = _rank_file(collective.rank if own else 0)
     manifest = _manifest(path, "optimizer_resume_pth")
+    for key in ("model", "blurpool", "squeeze_excite", "optimizer"):
+        saved, mine = manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
+        if str(saved).removeprefix("local") != str(mine).removeprefix("local"):
+            raise ConfigError(
+                f"optimizer_resume_pth {path}: saved with {key} {saved!r}, this run has {mine!r}"
+            )
     if name not in manifest["files"]:
         raise ConfigError(
             f"optimizer_resume_pth {path}: saved by {manifest['world_size']} replicas, so there is "
@@ -237,25 +253,27 @@ def _load(
         torch.cuda.set_rng_state(content["cuda_rng"])
 
 
-def identity(path: Path) -> str:
+def identity(path: Path, setting: str = "resume_pth") -> str:
     """A text that tells this checkpoint, or file of weights, from others; ranks compare it first.
 
     Raises:
         ConfigError: if there is no whole checkpoint.
     """
-    if path.is_file():
-        return f"weights {_sha256(path)}"
-    step = _manifest(path)["step"]
-    return f"step {step}, manifest {_sha256(path / MANIFEST)}"
+    try:
+        if path.is_file():
+            return f"weights {_sha256(path)}"
+        step = _manifest(path, setting)["step"]
+        return f"step {step}, manifest {_sha256(path / MANIFEST)}"
+    except OSError as error:
+        raise ConfigError(f"{setting} {path}: {error.strerror}") from None
 
 
 def _manifest(path: Path, setting: str = "resume_pth") -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"{setting} {path}: no {MANIFEST} there, so no whole checkpoint"
-        ) from None
+        what = f"no {MANIFEST} there, so no whole checkpoint" if path.exists() else "not there"
+        raise ConfigError(f"{setting} {path}: {what}") from None
     except ValueError:
         raise ConfigError(f"{setting} {path}: {MANIFEST} is damaged") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -18,7 +18,8 @@ def with_fitting_batches(config: Config, replicas: int) -> Config:
     """``config`` with a physical batch no larger than a replica's share of the total.
 
     Raises:
-        ConfigError: if replicas or micro-steps would not share the batch evenly.
+        ConfigError: if replicas or micro-steps would not share the batch evenly, or Mixup leave an
+            image alone.
     """
     total = config.total_batch_size
     if total % replicas:
@@ -28,6 +29,10 @@ def with_fitting_batches(config: Config, replicas: int) -> Config:
         raise ConfigError(
             f"physical_batch_size is {physical}: it does not divide a replica's batch of "
             f"{total // replicas} (total_batch_size {total} over {replicas} replicas)"
+        )
+    if config.mixup and physical % 2:
+        raise ConfigError(
+            f"physical_batch_size is {physical}: mixup pairs neighbours, so it must be even"
         )
     return dataclasses.replace(config, physical_batch_size=physical)
 

@@ -36,6 +36,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.config import DeepSpeedConfigError
 
 # Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -47,6 +48,9 @@ ARRIVAL = timedelta(minutes=5)
 
 # Images (b, 3, R, R) and labels (b,); where labels are mixed, probabilities (b, classes).
 Batch = tuple[Tensor, Tensor]
+
+# How DeepSpeed complains of its settings.
+_REFUSALS = (DeepSpeedConfigError, NotImplementedError, ValueError, TypeError, AssertionError)
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -202,16 +206,7 @@ class Engine:
             enabled=config.precision in _AUTOCAST,
         )
         client = optimizer if isinstance(optimizer, LocalOptimizer) else optimizer.inner
-        # Both optimizers have made the replicas equal; DeepSpeed's way refuses channels_last.
-        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda _: None):
-            self._engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=client,
-                config=deepspeed_settings(config, self.accumulation),
-                # Left alone it takes the GPU numbered LOCAL_RANK, which shared GPUs do not have.
-                args=argparse.Namespace(device_rank=next(model.parameters()).device.index or 0),
-                dist_init_required=False,
-            )
+        self._engine = self._initialized(client)
         if config.compile:
             self.model.compile()
         # Loss scaling is the replica's own, as its gradients are; part of what is saved.
@@ -222,6 +217,25 @@ class Engine:
         else:
             self._time_all_reduce(optimizer)
 
+    def _initialized(self, client: torch.optim.Optimizer) -> deepspeed.DeepSpeedEngine:
+        # Left alone it takes the GPU numbered LOCAL_RANK, which shared GPUs do not have.
+        place = argparse.Namespace(device_rank=next(self.model.parameters()).device.index or 0)
+        settings = deepspeed_settings(self.config, self.accumulation)
+        # Both optimizers have made the replicas equal; DeepSpeed's way refuses channels_last.
+        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda _: None):
+            try:
+                engine, *_ = deepspeed.initialize(
+                    model=self.model, optimizer=client, config=settings, args=place,
+                    dist_init_required=False,
+                )  # fmt: skip
+            except _REFUSALS as error:
+                if not self.config.deepspeed_config:
+                    raise
+                told = f"DeepSpeed refuses it: {' '.join(str(error).split())}"
+                path = absolute(self.config.deepspeed_config)
+                raise ConfigError(f"deepspeed_config {path}: {told}") from None
+        return engine
+
     def _time_all_reduce(self, optimizer: DataParallel) -> None:
         reduce, timer = self._engine.allreduce_gradients, _Timer(self.model)
 
@@ -230,7 +244,7 @@ class Engine:
             before = timer.seconds
             with timer:
                 reduce(*args, **kwargs)
-            optimizer.traffic.exposed += timer.seconds - before
+            optimizer.count_round(self._engine.communication_data_type, timer.seconds - before)
 
         self._engine.allreduce_gradients = timed
 
@@ -327,6 +341,7 @@ _OURS = {
     "torch_autocast": "precision",
     "managed_gradient_accumulation": "physical_batch_size",
     "elasticity": "total_batch_size",
+    "compile": "compile",
 }
 
 
@@ -386,7 +401,7 @@ def _user_json(config: Config) -> dict[str, Any]:
 
 def _is_off(section: Any) -> bool:
     """Whether a section only says that it is switched off, as templates often do."""
-    return isinstance(section, dict) and section.get("enabled") is False
+    return not section or (isinstance(section, dict) and section.get("enabled") is False)
 
 
 def _check_replicas_are_whole(config: Config, content: dict[str, Any], path: Path) -> None:

@@ -40,7 +40,7 @@ def train(run: Run) -> None:
         if config.save_freq and (epoch + 1) % config.save_freq == 0 and end < schedule.total_steps:
             save(run, step)
     optimizer.finish()
-    if step and run.recorder.evaluated_at != step:
+    if step and (run.update_ema(step) or run.recorder.evaluated_at != step):
         evaluate_consensus(run, step)
     save(run, step)
     run.recorder.finished()

@@ -79,17 +79,12 @@ class Mixup:
         seed: of the draws.
         classes: number of classes.
         first: position in the global batch at which this rank's share begins.
-        physical_batch: images per micro-batch, an even number.
+        physical_batch: images per micro-batch, an even number: neighbours are paired.
     """
 
     def __init__(
         self, alpha: float, *, seed: int, classes: int, first: int, physical_batch: int
     ) -> None:
-        if physical_batch % 2:
-            raise ConfigError(
-                f"physical_batch_size is {physical_batch}: mixup pairs neighbours, so it must be "
-                "even"
-            )
         self._alpha, self._seed, self._classes, self._first = alpha, seed, classes, first
         self._partner = torch.arange(physical_batch) ^ 1
 
@@ -163,10 +158,17 @@ class Ema:
         self._model, self._smoothing, self._step = model, smoothing, 0
         self._average = EMAParameters(model)
 
-    def update(self, step: int) -> None:
-        """The model is what the replicas agree on after ``step`` steps."""
+    def start_at(self, step: int) -> None:
+        """The model that it was built with is that of ``step``."""
+        self._step = step
+
+    def update(self, step: int) -> bool:
+        """The model is what the replicas agree on after ``step`` steps; whether that is news."""
+        if step == self._step:
+            return False
         composer.compute_ema(self._model, self._average, self._smoothing ** (step - self._step))
         self._step = step
+        return True
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

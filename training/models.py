@@ -41,10 +41,10 @@ def _simplevit(dim: int, heads: int, depth: int = 12, patch: int = 16) -> Build:
     def build(classes: int, resolution: int) -> nn.Module:
         from vit_pytorch.simple_vit import SimpleViT
 
-        return SimpleViT(
+        return _with_moving_positions(SimpleViT(
             image_size=resolution, patch_size=patch, num_classes=classes,
             dim=dim, depth=depth, heads=heads, mlp_dim=4 * dim,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     return build
 
@@ -52,10 +52,21 @@ def _simplevit(dim: int, heads: int, depth: int = 12, patch: int = 16) -> Build:
 def _simplevit_digits(classes: int, resolution: int) -> nn.Module:
     from vit_pytorch.simple_vit import SimpleViT
 
-    return SimpleViT(
+    return _with_moving_positions(SimpleViT(
         image_size=resolution, patch_size=4, num_classes=classes,
         dim=64, depth=4, heads=4, mlp_dim=128, dim_head=16,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def _with_moving_positions(model: nn.Module) -> nn.Module:
+    """``model`` with its position embedding as a buffer, which goes to the GPU with the model.
+
+    It is a plain tensor, which each forward pass would copy there, and wait for.
+    """
+    embedding = model.pos_embedding
+    del model.pos_embedding
+    model.register_buffer("pos_embedding", embedding, persistent=False)
+    return model
 
 
 def _torchvision(name: str) -> Build:

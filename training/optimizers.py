@@ -87,7 +87,8 @@ def rule(config: Config) -> Rule:
     """The rule of ``config``.
 
     Raises:
-        ConfigError: if it has no such setting, or does not take its value.
+        ConfigError: if it has no such setting, or does not take its value, or the run's other
+            settings do not go with it.
     """
     make = RULES[config.sync]
     known = inspect.signature(make).parameters
@@ -108,9 +109,15 @@ def rule(config: Config) -> Rule:
         raise ConfigError(f"sync_settings: sync {config.sync} needs {' and '.join(missing)}")
     _check_state_fields(config, settings)
     try:
-        return make(**settings)
+        made = make(**settings)
     except ValueError as error:
         raise ConfigError(f"sync_settings {config.sync_settings}: {error}") from None
+    if config.ema and not made.agrees:
+        raise ConfigError(
+            f"ema is {config.ema}: with sync {config.sync} replicas never agree, so there is no "
+            "synchronised model to average"
+        )
+    return made
 
 
 def _fitting(value: Any, kind: Any) -> Any:
@@ -159,14 +166,15 @@ class DataParallel:
         # It equalises the parameters that are no local optimizer's: all of them.
         self._buffers = Buffers(model, "keep", [])
         self._buffers.equalise(self._collective)
-        self._bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        inner.register_step_post_hook(self._count_round)
+        self._numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    def _count_round(self, *_: Any) -> None:
+    def count_round(self, dtype: torch.dtype, seconds: float) -> None:
+        """The gradients have been averaged as numbers of ``dtype``, which took ``seconds``."""
         m = self._collective.world_size
         self.round += 1
         self.traffic.syncs += 1
-        self.traffic.bytes += 2 * (m - 1) * self._bytes // m
+        self.traffic.bytes += 2 * (m - 1) * self._numel * dtype.itemsize // m
+        self.traffic.exposed += seconds
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -147,8 +147,8 @@ def plan(argv: Sequence[str]) -> Plan:
         argv: the arguments after the program's name, ``--plan`` among them.
 
     Raises:
-        ConfigError: for whatever the run itself would refuse before it needs data or other
-            replicas, and for a wrong flag of the plan's own.
+        ConfigError: for whatever the run itself would refuse before it needs data, other replicas
+            or DeepSpeed, and for a wrong flag of the plan's own.
         SystemExit: for ``--help``.
     """
     options, rest, recipe = _parse(argv)

@@ -180,6 +180,7 @@ class Recorder:
         total_steps: length of the run.
         steps_per_epoch: optimizer steps in an epoch.
         start_step: where it resumes.
+        counted_from: the step since which the optimizer has counted synchronisations.
     """
 
     def __init__(
@@ -191,9 +192,11 @@ class Recorder:
         total_steps: int,
         steps_per_epoch: int,
         start_step: int,
+        counted_from: int,
     ) -> None:
         self.config, self.folder, self.place, self.optimizer = config, folder, place, optimizer
         self.total_steps, self.start_step = total_steps, start_step
+        self.counted_from = counted_from
         self.steps_per_epoch = steps_per_epoch
         self.evaluation: dict[str, float] = {}
         self.evaluated_at: int | None = None
@@ -315,7 +318,7 @@ class Recorder:
                 "replicas": self.place.world_size,
                 **self.evaluation,
                 **self._cost(),
-                "share": traffic.syncs / max(1, self.total_steps),
+                "share": traffic.syncs / max(1, self.total_steps - self.counted_from),
                 "other_bytes": traffic.other_bytes,
                 "wait": traffic.wait,
                 "train_seconds": seconds,

@@ -61,12 +61,11 @@ class Run:
         """The moving average of the synchronised model, where the recipe wants one."""
         return self.state.ema
 
-    def update_ema(self, step: int) -> None:
-        """Let the moving average follow, where the replicas agree."""
+    def update_ema(self, step: int) -> bool:
+        """Let the moving average follow, where the replicas agree; return whether it did."""
         local = isinstance(self.optimizer, LocalOptimizer)
         agreed = self.optimizer.synced and (not local or self.optimizer.sync.replicas_agree)
-        if self.ema and agreed:
-            self.ema.update(step)
+        return bool(self.ema and agreed and self.ema.update(step))
 
 
 @contextmanager
@@ -111,19 +110,20 @@ def assembled(config: Config) -> Iterator[Run]:
     torch.manual_seed(config.seed * 1_000_003 + place.rank)  # dropout: each replica its own
     optimizer = optimizers.build(config, model, schedule)
     trainer = engine.Engine(config, model, optimizer, place.world_size)
-    state = checkpoint.State(model, optimizer, trainer.scaler, _ema(config, model, optimizer))
+    state = checkpoint.State(model, optimizer, trainer.scaler, _ema(config, model))
     start_step = 0
     if config.resume_pth:
         start_step = checkpoint.resume(config, state, collective, steps_per_epoch)
         if start_step > schedule.total_steps:
             raise ConfigError(
-                f"resume_pth {absolute(config.resume_pth)}: at step {start_step}, past this run's "
-                f"end at {schedule.total_steps}; raise epochs"
+                f"resume_pth {absolute(config.resume_pth)}: step {start_step}, to go on from, is "
+                f"past this run's end at {schedule.total_steps}; raise epochs"
             )
     folder = record.make_folder(config, collective)
     recorder = record.Recorder(
-        config, folder, place, optimizer, schedule.total_steps, steps_per_epoch, start_step
-    )
+        config, folder, place, optimizer, schedule.total_steps, steps_per_epoch, start_step,
+        counted_from=start_step if weights and weights.is_file() else 0,
+    )  # fmt: skip
     try:
         yield Run(
             config=config,
@@ -152,9 +152,9 @@ def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) 
     """Raise on every rank if one has other settings, or resumes from another checkpoint."""
     settings = {k: v for k, v in config.as_dict().items() if k not in PER_HOST}
     settings["deepspeed"] = json.dumps(deepspeed, sort_keys=True)
-    settings["resume_pth"] = "none"
-    if config.resume_pth:
-        settings["resume_pth"] = checkpoint.identity(absolute(config.resume_pth))
+    for key in ("resume_pth", "optimizer_resume_pth"):
+        given = getattr(config, key)
+        settings[key] = checkpoint.identity(absolute(given), key) if given else "none"
     lines = [f"{key}: {value}" for key, value in settings.items()]
     control.agree(collective, lines, control.TIMEOUT)
 
@@ -184,16 +184,9 @@ def _methods(
     return tuple(chosen)
 
 
-def _ema(
-    config: Config, model: nn.Module, optimizer: LocalOptimizer | optimizers.DataParallel
-) -> Ema | None:
+def _ema(config: Config, model: nn.Module) -> Ema | None:
     if not config.ema:
         return None
-    if isinstance(optimizer, LocalOptimizer) and not optimizer.sync.agrees:
-        raise ConfigError(
-            f"ema is {config.ema}: with sync {config.sync} replicas never agree, so there is no "
-            "synchronised model to average"
-        )
     from . import methods  # composer takes seconds to import
 
     return methods.Ema(model, config.ema)

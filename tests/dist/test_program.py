@@ -214,8 +214,17 @@ def test_weights_and_optimizer_states_can_be_resumed_from_files_of_their_own(fla
     assert resumed.pop("own") == _weights(whole.folder, 0)
     assert resumed["rank 0's"] != _weights(whole.folder, 0) != resumed["none"]
 
+    # Moments of the replicas' own would take data-parallel ones apart.
+    parallel = ("--recipe-pth", "recipe/digits-vit-adamw.yml", "--resume-from-epoch", "1")
+    outcome = start(*flags, *parallel, *weights, *states)
+    assert outcome.codes == [0, 0], outcome.errors
+    assert _weights(outcome.folder, 0) == _weights(outcome.folder, 1)
+    assert outcome.records[-1]["share"] == 1.0
+
     refused = {
         (*states,): "give resume_pth too",
+        ("--resume-pth", "/no/weights.pt"): "/no/weights.pt: not there",
+        (*weights, *states, "--optimizer", "localsgd"): "saved with optimizer 'localadamw'",
         ("--resume-pth", str(saved), "--resume-from-step", "7"): "at step 6, and 7 was asked for",
         ("--resume-pth", str(saved), *states): "has its own optimizer state",
         ("--resume-pth", str(saved / "manifest.json")): "not a file of weights",
@@ -228,6 +237,14 @@ def test_weights_and_optimizer_states_can_be_resumed_from_files_of_their_own(fla
 def test_a_moving_average_needs_replicas_that_agree(flags) -> None:
     line = one_line(start(*flags, "--ema", "0.5", "--sync", "easgd", world_size=1))
     assert "ema is 0.5: with sync easgd" in line
+
+
+def test_a_moving_average_follows_where_only_the_end_agrees(flags) -> None:
+    """Groups of one, and no round that all share: the replicas first agree in finish()."""
+    apart = ("--sync", "hierarchical", "--sync-settings", "group_size=1", "global_every=100")
+    outcome = start(*flags, *apart, "--period", "constant", "--h-base", "4", "--ema", "1e-9")
+    (*_, last) = [r for r in outcome.records if r["kind"] == "val"]
+    assert last["step"] == 12 and last["ema_loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 
 def test_images_of_changing_size_need_a_model_that_takes_them(flags) -> None:
@@ -398,10 +415,11 @@ def test_an_unknown_key_is_named_once_per_host(flags, tmp_path: Path) -> None:
         ('{"gradient_clipping": 1.0}', ["gradient_clipping", "clip_norm"]),
         ('{"tensor_parallel": {"autotp_size": 2}}', ["tensor_parallel", "whole replica"]),
         ('{"communication_data_type": "fp16"}', ["communication_data_type", "all-reduce"]),
+        ('{"progressive_layer_drop": {"enabled": true}}', ["DeepSpeed refuses it"]),
         ("{", ["not valid JSON"]),
         (None, ["No such file"]),
     ],
-    ids=["ZeRO", "bf16", "clipping", "split replicas", "reduction", "JSON", "missing"],
+    ids=["ZeRO", "bf16", "clipping", "split replicas", "reduction", "DeepSpeed", "JSON", "missing"],
 )
 def test_a_deepspeed_file_that_contradicts_local_training_is_refused(
     flags, tmp_path: Path, content: str | None, parts: list[str]
@@ -540,7 +558,7 @@ def test_a_finished_run_resumed_is_evaluated_and_a_shorter_one_refused(
     resumed = (*flags, "--resume-pth", str(checkpoint), "--epochs", "1")
     assert [r["step"] for r in start(*resumed).records if r["kind"] == "val"] == [6]
     line = one_line(start(*resumed, "--steps-per-epoch", "5"))
-    assert "at step 6, past this run's end at 5" in line
+    assert "step 6, to go on from, is past this run's end at 5" in line
 
 
 def test_replicas_with_statistics_of_their_own_are_not_evaluated(flags) -> None:

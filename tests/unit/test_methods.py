@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from training import models
-from training.config import ConfigError
+from training.checks import with_fitting_batches
+from training.config import ConfigError, load
 from training.methods import Ema, Mixup, ProgressiveResizing
 
 BATCH, CLASSES = 16, 5
@@ -75,8 +76,9 @@ def test_mixups_weight_is_the_smaller_part_of_a_beta_variable(alpha: float) -> N
 
 
 def test_mixup_refuses_micro_batches_that_leave_one_without_a_neighbour() -> None:
+    config = load(["--mixup", "0.2", "--total-batch-size", "12", "--physical-batch-size", "3"])
     with pytest.raises(ConfigError, match="physical_batch_size is 3"):
-        Mixup(0.2, seed=0, classes=2, first=0, physical_batch=3)
+        with_fitting_batches(config, replicas=2)
 
 
 def test_progressive_resizing_grows_linearly_and_ends_whole() -> None:
@@ -115,6 +117,15 @@ def test_the_moving_average_is_per_step_however_long_rounds_are() -> None:
         held = model[0].weight.detach().double()
         torch.testing.assert_close(held, expected, rtol=1e-6, atol=1e-7)
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+
+    late = Ema(model, 0.9)
+    late.start_at(1000)
+    kept = 0.9**4 * model[0].weight.detach().double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert late.update(1004) and not late.update(1004)
+    average = late.state_dict()["parameters"]["0.weight"].double()
+    torch.testing.assert_close(average, kept, rtol=1e-6, atol=1e-7)
 
     again = Ema(model, 0.9)
     again.load_state_dict(ema.state_dict())

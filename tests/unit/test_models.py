@@ -83,6 +83,12 @@ def test_imagenet_models_have_their_published_size(name: str, millions: int | No
     assert sum(p.numel() for p in model.parameters()) == millions
 
 
+def test_a_vit_leaves_nothing_behind_when_it_moves() -> None:
+    model = models.build("simplevit-digits", classes=10, resolution=32, seed=0)
+    assert "pos_embedding" in dict(model.named_buffers())
+    assert "pos_embedding" not in model.state_dict(), "files of weights stay vit_pytorch's"
+
+
 def test_channels_last_weights_are_in_that_format() -> None:
     model = models.build("resnet18", classes=10, resolution=32, seed=0, channels_last=True)
     plain = models.build("resnet18", classes=10, resolution=32, seed=0)
