@@ -29,6 +29,9 @@ from data.ffcv_parts import (
 ATTEMPTS = 10
 CROP_DRAWS = 4 * ATTEMPTS  # area, aspect ratio, top and left of every attempt
 
+# Changes images (b, R, R, 3) uint8 in place, given a random word for each, (b,) uint64.
+Augmentation = Callable[[np.ndarray, np.ndarray], None]
+
 # What the decoder knows of a sample: where FFCV stored it, and what this epoch does with it.
 SAMPLE = np.dtype(
     [
@@ -161,16 +164,23 @@ class BoxDecoder(SimpleRGBImageDecoder):
         pool: threads that decode.
         workers: how many of them to use.
         padded: see `decode_samples`.
+        augmentation: what else happens to the decoded images, in the same threads.
     """
 
     def __init__(
-        self, resolution: int, pool: ThreadPoolExecutor, workers: int, padded: bool | None = None
+        self,
+        resolution: int,
+        pool: ThreadPoolExecutor,
+        workers: int,
+        padded: bool | None = None,
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__()
         self.shape = (resolution, resolution, 3)
         self.pool = pool
         self.workers = workers
         self.padded = padded
+        self.augmentation = augmentation
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         # FFCV's cropping decoders also keep a whole image per sample and slot, pinned: for ImageNet
@@ -180,15 +190,20 @@ class BoxDecoder(SimpleRGBImageDecoder):
         return state, AllocationQuery(self.shape, dtype)
 
     def generate_code(self) -> Callable:
-        pool, workers, padded = self.pool, self.workers, self.padded
+        pool, workers = self.pool, self.workers
+        padded, augmentation = self.padded, self.augmentation
+
+        def decode_part(indices, samples, file, out):
+            broken = decode_samples(indices, samples, file, out, padded)
+            if augmentation is not None and broken < 0:
+                augmentation(out, samples["seed"][indices])
+            return broken
 
         def decode(batch_indices, destination, metadata, storage_state):
             file = storage_state[0]
             cuts = [len(batch_indices) * i // workers for i in range(workers + 1)]
             jobs = [
-                pool.submit(
-                    decode_samples, batch_indices[a:b], metadata, file, destination[a:b], padded
-                )
+                pool.submit(decode_part, batch_indices[a:b], metadata, file, destination[a:b])
                 for a, b in pairwise(cuts)
                 if a < b
             ]

@@ -13,6 +13,7 @@ import torch
 from data import loaders, order, write
 from data.dataset import DataError, Dataset
 from data.loaders import Beton, TrainData, ValData
+from data.randaugment import RandAugment
 
 ROOT = Path(__file__).parents[2]
 TRAIN, VAL, SIDE = 50, 23, 16
@@ -315,6 +316,44 @@ def test_padding_does_not_depend_on_workers_or_world_size(folder, padding):
     )
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    "settings", [RandAugment(), RandAugment(3, 5, "original"), RandAugment(0)], ids=str
+)
+def test_randaugment_follows_crop_and_flip(folder, monkeypatch, settings, on_device):
+    """In the decoding threads or in batches on the device: the same."""
+    monkeypatch.setattr(loaders, "_augments_batches", lambda device: on_device)
+    plain = train_data(folder)
+    images, labels = collected(plain.epoch(2))
+    expected = pixels(plain, images)
+    indices = order.epoch_order(TRAIN, 3, 2)[:48]
+    settings.apply(expected, order.bits(3, 2, indices, 1, order.Stream.PIXELS)[:, 0])
+    found, seen = collected(train_data(folder, randaugment=settings).epoch(2))
+    assert torch.equal(seen, labels)
+    assert (pixels(plain, found) == expected).all()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_randaugment_does_not_depend_on_how_the_work_is_divided(raw, monkeypatch, on_device):
+    monkeypatch.setattr(loaders, "_augments_batches", lambda device: on_device)
+    data = train_data(raw, randaugment=RandAugment())
+    whole = collected(data.epoch(1))
+    assert same(collected(data.epoch(1, start_step=1, steps=2)), [x[12:36] for x in whole])
+    for changed in ({"workers": 5}, {"physical_batch": 6}):
+        other = train_data(raw, randaugment=RandAugment(), **changed)
+        assert same(collected(other.epoch(1)), whole)
+
+
+def test_estimation_is_augmented_as_training_is(raw):
+    plain = collected(train_data(raw).estimation(1, 12))
+    data = train_data(raw, randaugment=RandAugment())
+    augmented = collected(data.estimation(1, 12))
+    assert same(augmented, collected(data.estimation(1, 12)))
+    assert torch.equal(augmented[1], plain[1])
+    differ = (augmented[0] != plain[0]).flatten(1).any(dim=1)
+    assert differ.float().mean() > 0.8
+
+
 def owned(folder, rank, **changed):
     """Three ranks with shards of 16 images and batches of 4."""
     settings = {"world_size": 3, "label_skew": 0.6, "flip": False, "scale": (1, 1), "ratio": (1, 1)}
@@ -455,6 +494,7 @@ def test_torch_keeps_its_threads_and_the_process_ends_quietly(raw):
 import torch
 torch.set_num_threads(3)
 from data.loaders import TrainData, ValData
+from data.randaugment import transform
 val = ValData({str(raw / "val.beton")!r}, rank=0, world_size=1, batch=6, resolution=8, workers=1)
 data = TrainData({str(raw / "train.beton")!r}, total_batch=4, physical_batch=4, rank=0,
                  world_size=1, seed=0, resolution=8, workers=2)
@@ -464,6 +504,7 @@ for epoch in range(2):
 list(val)
 left_open = data.epoch(3)
 next(left_open)
+assert not transform.signatures  # nobody waits for the compilation of what isn't asked for
 assert torch.get_num_threads() == 3, torch.get_num_threads()
 """
     result = subprocess.run(
