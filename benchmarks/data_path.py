@@ -41,8 +41,7 @@ from sklearn.datasets import load_sample_images
 
 from data import write
 from data.loaders import TrainData
-from data.randaugment import RandAugment
-from training.models import allow_torchvision_without_cuda
+from data.randaugment import RandAugment, transform
 
 SIDE, BATCH, UNTIMED = 224, 32, 5
 STORED = (400, 500)
@@ -207,7 +206,7 @@ def pil_operation() -> object:
 
 def composers() -> Callable[[np.ndarray], np.ndarray]:
     """composer's RandAugment of one image, from array to array."""
-    allow_torchvision_without_cuda()
+    import training.methods  # noqa: F401, I001, which makes composer fit to be imported
     from composer.algorithms.utils import augmentation_sets
     from composer.functional import randaugment_image
 
@@ -236,22 +235,25 @@ def measure_alone(repeats: int, count: int = 256) -> Rates:
     out = np.empty_like(images)
     pil, pool = composers(), ThreadPoolExecutor(2)
 
-    def ours(part: slice) -> None:
-        out[part] = images[part]
-        SETTINGS.apply(out[part], seeds[part])
+    def ours(*parts: slice) -> None:
+        plan = SETTINGS.plan(seeds, SIDE, SIDE)
 
-    def loop(part: slice) -> None:
-        spin((part.stop - part.start) * 200_000)
+        def augment(part: slice) -> None:
+            out[part] = images[part]
+            transform(out[part], *(numbers[part] for numbers in plan))
 
-    def in_halves(function: Callable[[slice], None]) -> None:
-        list(pool.map(function, (slice(0, count // 2), slice(count // 2, count))))
+        list(pool.map(augment, parts))
 
+    def loop(*parts: slice) -> None:
+        list(pool.map(lambda part: spin((part.stop - part.start) * 200_000), parts))
+
+    whole, halves = slice(0, count), (slice(0, count // 2), slice(count // 2, count))
     tasks: dict[str, Callable[[], object]] = {
         "PIL": lambda: [pil(image) for image in images],
-        "ours": lambda: ours(slice(0, count)),
-        "ours, 2 threads": lambda: in_halves(ours),
-        "loop": lambda: loop(slice(0, count)),
-        "loop, 2 threads": lambda: in_halves(loop),
+        "ours": lambda: ours(whole),
+        "loop": lambda: loop(whole),
+        "ours, 2 threads": lambda: ours(*halves),
+        "loop, 2 threads": lambda: loop(*halves),
     }
     rates: Rates = {name: [] for name in tasks}
     for repeat in range(-1, repeats):  # the first time is for warming up

@@ -25,12 +25,10 @@ from data.ffcv_parts import (
     ctypes_imdecode,
     ctypes_resize,
 )
+from data.randaugment import RandAugment, transform
 
 ATTEMPTS = 10
 CROP_DRAWS = 4 * ATTEMPTS  # area, aspect ratio, top and left of every attempt
-
-# Changes images (b, R, R, 3) uint8 in place, given a random word for each, (b,) uint64.
-Augmentation = Callable[[np.ndarray, np.ndarray], None]
 
 # What the decoder knows of a sample: where FFCV stored it, and what this epoch does with it.
 SAMPLE = np.dtype(
@@ -164,7 +162,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
         pool: threads that decode.
         workers: how many of them to use.
         padded: see `decode_samples`.
-        augmentation: what else happens to the decoded images, in the same threads.
+        randaugment: what else happens to the decoded images, in the same threads.
     """
 
     def __init__(
@@ -173,14 +171,14 @@ class BoxDecoder(SimpleRGBImageDecoder):
         pool: ThreadPoolExecutor,
         workers: int,
         padded: bool | None = None,
-        augmentation: Augmentation | None = None,
+        randaugment: RandAugment | None = None,
     ) -> None:
         super().__init__()
         self.shape = (resolution, resolution, 3)
         self.pool = pool
         self.workers = workers
         self.padded = padded
-        self.augmentation = augmentation
+        self.randaugment = randaugment
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         # FFCV's cropping decoders also keep a whole image per sample and slot, pinned: for ImageNet
@@ -191,22 +189,27 @@ class BoxDecoder(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Callable:
         pool, workers = self.pool, self.workers
-        padded, augmentation = self.padded, self.augmentation
+        padded, randaugment = self.padded, self.randaugment
 
-        def decode_part(indices, samples, file, out):
+        def decode_part(indices, samples, file, out, plan):
             broken = decode_samples(indices, samples, file, out, padded)
-            if augmentation is not None and broken < 0:
-                augmentation(out, samples["seed"][indices])
+            if plan and broken < 0:
+                transform(out, *plan)
             return broken
 
         def decode(batch_indices, destination, metadata, storage_state):
             file = storage_state[0]
+            plan = ()
+            if randaugment is not None:
+                # Not in the threads, which would wait for each other's turn in the interpreter.
+                plan = randaugment.plan(metadata["seed"][batch_indices], *self.shape[:2])
             cuts = [len(batch_indices) * i // workers for i in range(workers + 1)]
-            jobs = [
-                pool.submit(decode_part, batch_indices[a:b], metadata, file, destination[a:b])
-                for a, b in pairwise(cuts)
-                if a < b
-            ]
+            jobs = []
+            for a, b in pairwise(cuts):
+                if a < b:
+                    indices, out = batch_indices[a:b], destination[a:b]
+                    part = [numbers[a:b] for numbers in plan]
+                    jobs.append(pool.submit(decode_part, indices, metadata, file, out, part))
             broken = max([job.result() for job in jobs], default=-1)
             if broken >= 0:
                 raise damaged(Path(file.filename), f"holds an unreadable JPEG, image {broken}")

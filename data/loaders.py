@@ -90,8 +90,8 @@ class Beton:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._padding, self._padded = padding, True if padding else None
         batched = _augments_batches(device)
-        self._augmentation = None if randaugment is None or batched else randaugment.apply
-        decoder = BoxDecoder(resolution, pool, workers, self._padded, self._augmentation)
+        self._randaugment = None if batched else randaugment
+        decoder = BoxDecoder(resolution, pool, workers, self._padded, self._randaugment)
         self._loader = _open(path, decoder, batch_size)
         self._receive = _Receiver(
             device, self.dataset, resolution, randaugment if batched else None
@@ -171,8 +171,8 @@ class Beton:
             nothing = np.empty((0, resolution, resolution, 3), np.uint8)
             none = np.empty(0, np.int64)
             augment.decode_samples(none, self._samples, context.state[0], nothing, self._padded)
-        if self._augmentation is not None:
-            self._augmentation(nothing, np.empty(0, np.uint64))
+        if self._randaugment is not None:
+            self._randaugment.apply(nothing, np.empty(0, np.uint64))
 
 
 class TrainData:

@@ -6,6 +6,7 @@ Import it where one is switched on: composer takes seconds to import.
 from __future__ import annotations
 
 import math
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +24,15 @@ from .config import ConfigError
 from .models import allow_torchvision_without_cuda
 
 allow_torchvision_without_cuda()
+_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 import composer.functional as composer  # noqa: E402
 from composer.algorithms.ema.ema import EMAParameters  # noqa: E402
 from composer.algorithms.warnings import NoEffectWarning  # noqa: E402
+
+for _number, _handler in _handlers.items():
+    if signal.getsignal(_number) is not _handler:
+        signal.signal(_number, _handler)  # composer, imported, takes them over for the process
 
 Batch = tuple[Tensor, Tensor]
 

@@ -586,11 +586,13 @@ def test_workers_end_with_a_run_that_is_killed(started):
 
 
 def test_a_source_that_fails_leaves_no_worker(tree):
+    before = workers_of(os.getpid())
     storage = imagefolder.Storage(64, 90, 0.5)
     images = iter(imagefolder.Images(imagefolder.find(tree).train, storage, workers=2))
     next(images)
+    assert len(workers_of(os.getpid())) == len(before) + 2
     images.close()
-    assert not workers_of(os.getpid())
+    assert workers_of(os.getpid()) == before
 
 
 def test_a_link_to_the_folder_itself_is_told(own):

@@ -8,14 +8,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import training.methods  # noqa: F401, which makes composer fit to be imported
 from data import randaugment_torch
 from data.randaugment import SETS, Operation, RandAugment, transform
-from training.models import allow_torchvision_without_cuda
 
-allow_torchvision_without_cuda()
-
-from composer.algorithms.utils.augmentation_primitives import augmentation_sets  # noqa: E402
-from composer.functional import randaugment_image  # noqa: E402
+from composer.algorithms.utils.augmentation_primitives import augmentation_sets  # isort: skip
+from composer.functional import randaugment_image  # isort: skip
 
 EVERY = [("all", number) for number in range(13)] + [("original", n) for n in range(9, 13)]
 

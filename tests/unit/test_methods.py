@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +39,13 @@ def mixed(replicas: int, physical: int, step: int = 3) -> tuple[torch.Tensor, to
             batch = images[begin : begin + physical], labels[begin : begin + physical]
             parts.append(mixup(batch, step, micro_step))
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def test_importing_the_methods_leaves_signals_alone() -> None:
+    """composer takes over those that end a process."""
+    script = "import signal, training.methods; signal.raise_signal(signal.SIGTERM)"
+    process = subprocess.run([sys.executable, "-c", script], timeout=60, check=False)
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_mixup_mixes_neighbours_and_their_labels() -> None:
