@@ -24,11 +24,19 @@ def main(config: Config) -> None:
     from training.loop import train
     from training.record import DivergedError
     from training.run import assembled
+    from training.saver import SaveError
 
     try:
         with assembled(config) as run:
             train(run)
-    except (ConfigError, DataError, LayoutMismatchError, SyncError, DivergedError) as error:
+    except (
+        ConfigError,
+        DataError,
+        LayoutMismatchError,
+        SyncError,
+        DivergedError,
+        SaveError,
+    ) as error:
         fail(f"{type(error).__name__}: {error}")
     except Exception:
         fail(traceback.format_exc(), status=1)

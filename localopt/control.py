@@ -113,3 +113,43 @@ def _exchange(
             f"rank {collective.rank} waited: it has died, hangs, or made another call"
         ) from error
     return {rank: store.get(k).decode() for rank, k in zip(wanted, keys, strict=True)}
+
+
+class Board:
+    """Notes that ranks leave for each other: to write one waits for nobody.
+
+    For a thread of its own: it has its own connection to the store.
+
+    Args:
+        collective: the ranks; every one must make one, in the same order of calls.
+        purpose: what it is for.
+    """
+
+    def __init__(self, collective: Collective, purpose: str) -> None:
+        self._alone = collective.world_size == 1
+        self._notes: dict[str, str] = {}
+        if not self._alone:
+            self._store = _store(collective, purpose).clone()
+
+    def put(self, key: str, note: str) -> None:
+        """Leave a note."""
+        if self._alone:
+            self._notes[key] = note
+        else:
+            self._store.set(key, note)
+
+    def get(self, keys: Sequence[str], timeout: timedelta) -> list[str]:
+        """The notes of these names; waits for those that are not there yet.
+
+        Raises:
+            AbsentRankError: if one does not come within ``timeout``.
+        """
+        if self._alone:
+            return [self._notes[key] for key in keys]
+        try:
+            self._store.wait(list(keys), timeout)
+            return [self._store.get(key).decode() for key in keys]
+        except RuntimeError as error:
+            raise AbsentRankError(
+                f"{', '.join(keys)}: not told within {timeout.total_seconds():.0f} s"
+            ) from error

@@ -109,12 +109,15 @@ class Config:
     log_pth: str = _setting(".localopt/runs", "records", "folder of run folders (host file)")
     log_freq: int = _setting(20, "records", "steps between training records")
     save_freq: int = _setting(0, "records", "epochs between checkpoints; 0: only at the end")
+    save_steps: int = _setting(0, "records", "steps between checkpoints, also in the middle of a round or epoch; 0: only as save_freq says")
+    save_keep: int = _setting(2, "records", "newest checkpoints to keep, besides the one with the best top-1 accuracy; 0: all")
     save_opt: bool = _setting(True, "records", "save optimizer state, so that the run can be resumed")
     wandb: Literal["online", "offline", "offline-sync", "disabled"] = _setting("disabled", "records", "Weights & Biases; offline-sync: offline, and wandb-osh uploads from another host")
     wandb_project: str = _setting("localopt", "records", "its project (host file)")
     wandb_entity: str = _setting("", "records", "its account or team (host file)")
     wandb_tags: tuple[str, ...] = _setting((), "records", "its tags")
 
+    resume: Literal["never", "auto"] = _setting("never", "resuming", "auto: continue the newest run in log_pth that has these settings, from its newest whole checkpoint; start a new one if there is none")
     resume_pth: str = _setting("", "resuming", "checkpoint folder to continue from, or a file of weights to start from")
     resume_from_epoch: int = _setting(-1, "resuming", "epoch to start at; -1: the checkpoint's, 0 with a file of weights")
     resume_from_step: int = _setting(-1, "resuming", "step to start at, counted over the whole run; overrides resume_from_epoch")
@@ -173,6 +176,13 @@ class Config:
                 )
 
     def _check_resuming(self) -> None:
+        if self.resume == "auto" and not self.save_opt:
+            raise ConfigError("resume is 'auto': save_opt is false, so no run could be continued")
+        if self.resume == "auto" and self.resume_pth:
+            raise ConfigError(
+                f"resume is 'auto': it finds the checkpoint itself; leave resume_pth "
+                f"({self.resume_pth!r}) out"
+            )
         if self.init_model_by_seed == -1 and not self.resume_pth:
             raise ConfigError("init_model_by_seed is -1: give the weights with --resume-pth")
         for name in ("resume_from_epoch", "resume_from_step", "optimizer_resume_pth"):
@@ -217,7 +227,7 @@ class Config:
 
 _LEAST = {
     "total_batch_size": 1, "physical_batch_size": 1, "max_lr": 0, "min_lr": 0, "wd": 0, "eps": 0,
-    "clip_norm": 0, "gamma": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0,
+    "clip_norm": 0, "gamma": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0, "save_steps": 0, "save_keep": 0,
     "local_rank": 0, "power": 0, "randaugment_depth": 0,
 }  # fmt: skip
 _DERIVED = {

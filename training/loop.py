@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterator
 
-from . import checkpoint
 from .engine import Batch
 from .evaluate import Evaluation, estimate_batch_norm, evaluate, has_batch_norm
 from .run import Run
@@ -15,8 +14,8 @@ from .run import Run
 def train(run: Run) -> None:
     """Train to the end, evaluating the consensus at each epoch's last synchronisation."""
     config, optimizer, schedule = run.config, run.optimizer, run.schedule
-    step = run.start_step
-    if config.eval_on_start:
+    step = run.start.step
+    if config.eval_on_start and run.start.folder is None:
         evaluate_consensus(run, step)
     for epoch in range(step // run.steps_per_epoch, config.epochs):
         begin, end = epoch * run.steps_per_epoch, (epoch + 1) * run.steps_per_epoch
@@ -31,19 +30,37 @@ def train(run: Run) -> None:
             step += 1
             run.recorder.step(step, lr, measures)
             run.update_ema(step)
-            if config.eval_at == "sync" and optimizer.synced:
-                next_sync = step + optimizer.period(step, schedule(step))
-                if next_sync > end:
-                    evaluate_consensus(run, step)
-        if config.eval_at == "epoch":
-            evaluate_consensus(run, step)
-        if config.save_freq and (epoch + 1) % config.save_freq == 0 and end < schedule.total_steps:
-            save(run, step)
+            if evaluation_due(run, step, end):
+                evaluate_consensus(run, step)
+            if saving_due(run, step, end):
+                save(run, step)
     optimizer.finish()
     if step and (run.update_ema(step) or run.recorder.evaluated_at != step):
         evaluate_consensus(run, step)
-    save(run, step)
+    if not (run.start.folder and run.start.step == step):
+        save(run, step)
+    run.saver.finish()
     run.recorder.finished()
+
+
+def evaluation_due(run: Run, step: int, end: int) -> bool:
+    """Whether the consensus is evaluated after ``step``, of an epoch that ends at step ``end``."""
+    if run.config.eval_at == "epoch":
+        return step == end
+    if not run.optimizer.synced:
+        return False
+    return step + run.optimizer.period(step, run.schedule(step)) > end
+
+
+def saving_due(run: Run, step: int, end: int) -> bool:
+    """Whether a checkpoint is written after ``step``; the last one is written anyway."""
+    config = run.config
+    if step == run.schedule.total_steps:
+        return False
+    epochs = end // run.steps_per_epoch
+    return bool(config.save_steps and step % config.save_steps == 0) or bool(
+        config.save_freq and step == end and epochs % config.save_freq == 0
+    )
 
 
 def grouped(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
@@ -72,12 +89,5 @@ def _evaluated(run: Run, step: int) -> Evaluation:
 
 
 def save(run: Run, step: int) -> None:
-    """Write a checkpoint below the run's folder. All ranks call it."""
-    checkpoint.save(
-        run.folder / "checkpoints",
-        step,
-        run.config,
-        run.state,
-        run.collective,
-        publishes=run.place.local_rank == 0,
-    )
+    """Have a checkpoint written below the run's folder. All ranks call it."""
+    run.saver.save(step, run.state, run.recorder, run.recorder.evaluation)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from .config import ROOT, Config, ConfigError, absolute
 from .engine import Measures, Place
 from .evaluate import Evaluation
 from .optimizers import DataParallel
+from .resume import Start
 
 _PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "numpy", "vit-pytorch", "torchvision", "wandb")
 
@@ -48,8 +51,15 @@ class Sink(Protocol):
 class JsonLines:
     """One JSON object a line, flushed at once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kept: int | None = None) -> None:
         self._file = path.open("a", encoding="utf-8")
+        if kept is not None and kept < path.stat().st_size:
+            self._file.truncate(kept)  # what followed is told once more
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return os.fstat(self._file.fileno()).st_size
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
@@ -77,6 +87,8 @@ class Wandb:
             mode="offline" if self._ask_for_upload else config.wandb,
             dir=folder,
             name=folder.name,
+            id=folder.name,  # a run that is continued goes on with its own curves
+            resume="allow",
             config=config.as_dict(),
         )
 
@@ -137,22 +149,37 @@ def make_folder(config: Config, collective: Collective) -> Path:
 
 
 def _environment(collective: Collective) -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "command": sys.argv,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": bool(_git("status", "--porcelain")),
+        "code": code_digest(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "gpus": torch.cuda.device_count(),
         "world_size": collective.world_size,
-        "packages": versions,
+        "packages": versions(),
     }
+
+
+def code_digest() -> str:
+    """A checksum of this program's own code, committed or not."""
+    total = hashlib.sha256()
+    for folder in ("localopt", "data", "training"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            total.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def versions() -> dict[str, str | None]:
+    """The releases of the packages that what is computed depends on."""
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _git(*arguments: str) -> str | None:
@@ -179,7 +206,7 @@ class Recorder:
         optimizer: its counters are recorded.
         total_steps: length of the run.
         steps_per_epoch: optimizer steps in an epoch.
-        start_step: where it resumes.
+        start: where it begins, and what was recorded before.
         counted_from: the step since which the optimizer has counted synchronisations.
     """
 
@@ -191,11 +218,11 @@ class Recorder:
         optimizer: LocalOptimizer | DataParallel,
         total_steps: int,
         steps_per_epoch: int,
-        start_step: int,
+        start: Start,
         counted_from: int,
     ) -> None:
         self.config, self.folder, self.place, self.optimizer = config, folder, place, optimizer
-        self.total_steps, self.start_step = total_steps, start_step
+        self.total_steps, self.start_step = total_steps, start.step
         self.counted_from = counted_from
         self.steps_per_epoch = steps_per_epoch
         self.evaluation: dict[str, float] = {}
@@ -203,21 +230,58 @@ class Recorder:
         self._exposed_before = optimizer.traffic.exposed
         self._hidden_before = optimizer.traffic.hidden
         self._reported = optimizer.report
-        self._sinks: list[Sink] = []
-        if place.rank == 0:
-            self._sinks.append(JsonLines(folder / "metrics.jsonl"))
-            if config.wandb != "disabled":
-                self._sinks.append(Wandb(config, folder))
         self._pending: list[Measures] = []
         self._started = time.perf_counter()
         self._paused = 0.0
+        kept = self._take_up(start) if start.recorder else None
+        self._sinks: list[Sink] = []
+        self._file: JsonLines | None = None
+        if place.rank == 0:
+            self._file = JsonLines(folder / "metrics.jsonl", kept)
+            self._sinks.append(self._file)
+            if config.wandb != "disabled":
+                self._sinks.append(Wandb(config, folder))
         self._bar = tqdm(
             total=total_steps,
-            initial=start_step,
+            initial=start.step,
             unit="step",
             disable=None if place.rank == 0 else True,  # None: only on a terminal
             dynamic_ncols=True,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been recorded so far, for a run that is continued."""
+        return {
+            "pending": [vars(measures) for measures in self._pending],
+            "evaluation": self.evaluation,
+            "evaluated_at": self.evaluated_at,
+            "start_step": self.start_step,
+            "counted_from": self.counted_from,
+            "exposed_before": self._exposed_before,
+            "hidden_before": self._hidden_before,
+            "seconds": time.perf_counter() - self._started,
+            "paused": self._paused,
+            "file": None if self._file is None else self._file.size,
+        }
+
+    def _take_up(self, start: Start) -> int | None:
+        """Go on from what `state_dict` gave; return how much of the metrics file stands."""
+        saved = start.recorder
+        device = self.place.device
+        self._pending = [
+            Measures(**{name: _moved(value, device) for name, value in measures.items()})
+            for measures in saved["pending"]
+        ]
+        self.evaluation = saved["evaluation"]
+        if start.folder is None:  # another run, which counts its own seconds
+            return None
+        self.evaluated_at = saved["evaluated_at"]
+        self.start_step, self.counted_from = saved["start_step"], saved["counted_from"]
+        self._exposed_before = saved["exposed_before"]
+        self._hidden_before = saved["hidden_before"]
+        self._started -= saved["seconds"]
+        self._paused = saved["paused"]
+        return saved["file"]
 
     def due(self, step: int) -> bool:
         """Whether a training record is written once ``step`` steps are finished."""
@@ -363,6 +427,10 @@ def _told(evaluation: Evaluation, average: Evaluation | None) -> dict[str, float
     if average is not None:
         told |= {f"ema_{name}": getattr(average, name) for name in ("top1", "top5", "loss")}
     return told
+
+
+def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)
 
 
 def _sum(values: Any) -> Tensor:

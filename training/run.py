@@ -18,7 +18,7 @@ from data.randaugment import RandAugment
 from localopt import LocalOptimizer, control
 from localopt.collective import Collective
 
-from . import checkpoint, checks, engine, models, optimizers, record
+from . import checkpoint, checks, engine, models, optimizers, record, resume, saver
 from .config import PER_HOST, Config, ConfigError, absolute
 from .lr import Schedule
 
@@ -44,10 +44,11 @@ class Run:
     val_data: ValData
     collective: Collective
     recorder: record.Recorder
-    state: checkpoint.State
+    state: saver.State
+    saver: saver.Saver
     methods: Sequence[Method]
     steps_per_epoch: int
-    start_step: int = 0
+    start: resume.Start
 
     def prepared(self, micro_batches: Iterable[engine.Batch], step: int) -> Iterator[engine.Batch]:
         """The micro-batches of one step, after Mixup and the like."""
@@ -102,28 +103,29 @@ def assembled(config: Config) -> Iterator[Run]:
         squeeze_excite=config.squeeze_excite,
         channels_last=config.channels_last,
     )
-    weights = absolute(config.resume_pth) if config.resume_pth else None
-    if weights and weights.is_file():  # before the optimizer: some rules anchor to what they find
-        checkpoint.load_weights(weights, model)
+    if weights := resume.weights_file(config):
+        resume.load_weights(weights, model)  # before the optimizer: rules anchor to what they find
     model.to(place.device)
     checks.check_model(config, model, collective.world_size)
     torch.manual_seed(config.seed * 1_000_003 + place.rank)  # dropout: each replica its own
     optimizer = optimizers.build(config, model, schedule)
     trainer = engine.Engine(config, model, optimizer, place.world_size)
-    state = checkpoint.State(model, optimizer, trainer.scaler, _ema(config, model))
-    start_step = 0
-    if config.resume_pth:
-        start_step = checkpoint.resume(config, state, collective, steps_per_epoch)
-        if start_step > schedule.total_steps:
-            raise ConfigError(
-                f"resume_pth {absolute(config.resume_pth)}: step {start_step}, to go on from, is "
-                f"past this run's end at {schedule.total_steps}; raise epochs"
-            )
-    folder = record.make_folder(config, collective)
+    state = saver.State(model, optimizer, trainer.scaler, _ema(config, model))
+    start = resume.restore(config, state, collective, steps_per_epoch)
+    if start.step > schedule.total_steps:
+        raise ConfigError(
+            f"resume_pth {absolute(config.resume_pth)}: step {start.step}, to go on from, is past "
+            f"this run's end at {schedule.total_steps}; raise epochs"
+        )
+    folder = start.folder or record.make_folder(config, collective)
     recorder = record.Recorder(
-        config, folder, place, optimizer, schedule.total_steps, steps_per_epoch, start_step,
-        counted_from=start_step if weights and weights.is_file() else 0,
+        config, folder, place, optimizer, schedule.total_steps, steps_per_epoch, start,
+        counted_from=start.step if weights else 0,
     )  # fmt: skip
+    checkpoints = folder / "checkpoints"
+    if start.folder and place.local_rank == 0:
+        checkpoint.set_aside(checkpoints, after=start.step)
+    control.gather(collective, "cleared")
     try:
         yield Run(
             config=config,
@@ -137,9 +139,13 @@ def assembled(config: Config) -> Iterator[Run]:
             collective=collective,
             recorder=recorder,
             state=state,
+            saver=saver.Saver(
+                checkpoints, config, collective,
+                publishes=place.local_rank == 0, versions=record.versions(),
+            ),
             methods=_methods(config, place, train_data.num_classes, schedule.total_steps),
             steps_per_epoch=steps_per_epoch,
-            start_step=start_step,
+            start=start,
         )
     except BaseException:
         recorder.close(failed=True)
@@ -149,12 +155,14 @@ def assembled(config: Config) -> Iterator[Run]:
 
 
 def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) -> None:
-    """Raise on every rank if one has other settings, or resumes from another checkpoint."""
+    """Raise on every rank if one has other settings, software, or another checkpoint to resume."""
     settings = {k: v for k, v in config.as_dict().items() if k not in PER_HOST}
+    settings |= {f"version of {package}": found for package, found in record.versions().items()}
+    settings["version of this code"] = record.code_digest()
     settings["deepspeed"] = json.dumps(deepspeed, sort_keys=True)
     for key in ("resume_pth", "optimizer_resume_pth"):
         given = getattr(config, key)
-        settings[key] = checkpoint.identity(absolute(given), key) if given else "none"
+        settings[key] = resume.identity(absolute(given), key) if given else "none"
     lines = [f"{key}: {value}" for key, value in settings.items()]
     control.agree(collective, lines, control.TIMEOUT)
 

@@ -64,4 +64,5 @@ class CoCoDSGD(Rule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._corrects = state["corrects"]
+        # Replicas that agree, as those of a merged state do, have nothing to correct.
+        self._corrects = state["corrects"] and not state["replicas_agree"]

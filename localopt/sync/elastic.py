@@ -43,6 +43,7 @@ class EASGD(Rule):
     """
 
     agrees = False
+    centre = "z"
 
     alpha: float | None = None
     beta: float | None = None

@@ -29,12 +29,14 @@ class Rule(ABC):
         replicas_agree: whether all replicas are known to hold the same parameters, where no round
             is open. Before the first round they are not: weights may have been loaded since.
         needs_loss: whether the training loss must be recorded at every step.
+        centre: name of the anchor that is the consensus; None: the replicas' mean is.
     """
 
     replica: Replica
     agrees = True
     replicas_agree = False
     needs_loss = False
+    centre: str | None = None
 
     def attach(self, replica: Replica) -> None:
         """Allocate what the rule keeps. Called once, by the optimizer. Collective."""
@@ -138,6 +140,8 @@ class Rule(ABC):
         vectors = {**self._anchors, **self._momenta}
         return {
             "replicas_agree": self.replicas_agree,
+            "anchors": list(self._anchors),
+            "centre": self.centre,
             "vectors": {name: vector.state_dict() for name, vector in vectors.items()},
         }
 

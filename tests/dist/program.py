@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -41,24 +42,24 @@ class Outcome:
         return [line for line in self.errors[rank].splitlines() if line.startswith("main.py:")]
 
 
-def start(
-    *flags: str,
-    world_size: int = 2,
-    per_rank: Sequence[Sequence[str]] = (),
-    script: Path = ROOT / "main.py",
-    timeout: float = 120,
-    absent: int = 0,
-) -> Outcome:
-    """Run ``script`` with ``flags`` on ``world_size`` ranks, of which the last may be ``absent``.
+class Running:
+    """``script`` with ``flags`` on ``world_size`` ranks, of which the last may be ``absent``.
 
     ``per_rank`` are a rank's own flags.
-
-    When a rank fails the others have ten seconds to fail too, then they are killed.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
+
+    def __init__(
+        self,
+        *flags: str,
+        world_size: int = 2,
+        per_rank: Sequence[Sequence[str]] = (),
+        script: Path = ROOT / "main.py",
+        absent: int = 0,
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._told = tempfile.TemporaryDirectory()
+        self.processes = []
         for rank in range(world_size - absent):
             place = {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size,
@@ -68,23 +69,47 @@ def start(
             if world_size == 1:
                 place = {}  # as without a launcher
             environment = os.environ | {key: str(value) for key, value in place.items()}
-            arguments = script, [*flags, *own], environment, f"{folder}/{rank}"
+            arguments = script, [*flags, *own], environment, f"{self._told.name}/{rank}"
             process = context.Process(target=_rank, args=arguments)
             process.start()
-            processes.append(process)
-        for process in processes:
+            self.processes.append(process)
+
+    def alive(self) -> bool:
+        """Whether all ranks are at work."""
+        return all(process.exitcode is None for process in self.processes)
+
+    def signal(self, number: int, ranks: Sequence[int]) -> None:
+        """Send a signal to some ranks."""
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, number)
+
+    def ended(self, timeout: float, *, afterwards: float = 10) -> Outcome:
+        """Wait for the end; a rank that takes longer is killed.
+
+        When a rank fails the others have ``afterwards`` seconds to end too.
+        """
+        for process in self.processes:
             process.join(timeout)
             if process.exitcode is None:
                 process.kill()
                 process.join()
             if process.exitcode:
-                timeout = 10
-        codes = [process.exitcode for process in processes]
-        outputs, errors = (
-            [Path(folder, f"{rank}.{name}").read_text() for rank in range(len(codes))]
+                timeout = min(timeout, afterwards)
+        codes = [process.exitcode for process in self.processes]
+        files = [
+            [Path(self._told.name, f"{rank}.{name}") for rank in range(len(codes))]
             for name in ("stdout", "stderr")
-        )
-    return Outcome(codes, outputs, errors)
+        ]
+        # One that was killed early has not made its files.
+        outputs, errors = ([f.read_text() if f.exists() else "" for f in some] for some in files)
+        self._told.cleanup()
+        return Outcome(codes, outputs, errors)
+
+
+def start(*flags: str, timeout: float = 120, **options: Any) -> Outcome:
+    """Run main.py to its end; ``options`` are those of `Running`."""
+    return Running(*flags, **options).ended(timeout)
 
 
 def _rank(script: Path, flags: list[str], environment: dict[str, str], told: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from tests.unit.test_data_cifar10 import make_folder
+from training import checkpoint as checkpoints
 from training.config import load
 
 from .program import ROOT, start
@@ -498,6 +501,13 @@ def checkpoint(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved.folder / "checkpoints/step-00000006"
 
 
+class Evil:
+    """What a malicious file would have run."""
+
+    def __reduce__(self):
+        return os.system, ("echo it was run >&2",)
+
+
 @pytest.mark.parametrize(
     ("damage", "extra", "world_size", "part"),
     [
@@ -505,9 +515,12 @@ def checkpoint(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a flipped bit", (), 2, "rank-0000.pt is damaged"),
         ("a missing rank", (), 2, "rank-0000.pt is missing"),
         ("", ("--model", "resnet-digits"), 2, "model 'simplevit-digits'"),
-        ("", (), 1, "saved by 2 replicas"),
+        ("", ("--label-skew", "1"), 2, "label_skew 0.0"),
+        ("a pickle", (), 2, "not a file of weights: Weights only load failed"),
+        ("another manifest", (), 2, "damaged: not what manifest.json recorded"),
+        ("an edited manifest", (), 2, "damaged: not what its checksum says"),
     ],
-    ids=["no manifest", "a flipped bit", "a missing rank", "another model", "fewer replicas"],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(
     flags, checkpoint: Path, tmp_path: Path, damage: str, extra: tuple, world_size: int, part: str
@@ -523,10 +536,26 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         file.write_bytes(content)
     elif damage == "a missing rank":
         file.unlink()
+    elif damage == "a pickle":
+        file.write_bytes(pickle.dumps(Evil()))
+        manifest = checkpoints.manifest(saved)
+        manifest["files"][file.name] = {
+            "bytes": file.stat().st_size, "sha256": checkpoints.sha256(file),
+        }  # fmt: skip
+        checkpoints.publish(saved, saved, manifest)
+    elif damage == "another manifest":
+        manifest = checkpoints.manifest(saved)
+        names = ("rank-0000.pt", "rank-0001.pt")
+        manifest["files"] = dict(zip(names, reversed(manifest["files"].values()), strict=True))
+        checkpoints.publish(saved, saved, manifest)
+    elif damage == "an edited manifest":
+        text = (saved / "manifest.json").read_text()
+        (saved / "manifest.json").write_text(text.replace('"step": 6', '"step": 7'))
     outcome = start(*flags, *extra, "--resume-pth", str(saved), world_size=world_size)
     assert outcome.codes[0] != 0
     (line,) = outcome.complaints(0)
     assert part in line
+    assert "it was run" not in outcome.errors[0] + outcome.errors[1]
 
 
 def test_a_rank_that_resumes_from_another_checkpoint_is_named(flags, checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from pathlib import Path
 
-from training.checkpoint import MANIFEST, _publish
+from training.checkpoint import MANIFEST, publish
 
 HOSTS, SAVES = 3, 40
 
@@ -16,7 +16,7 @@ def _host(folder: Path, barrier, failures) -> None:
         draft.mkdir(exist_ok=True)
         barrier.wait()
         try:
-            _publish(draft, final, {"step": save})
+            publish(draft, final, {"step": save})
         except OSError as error:
             failures.put(repr(error))
         barrier.wait()

@@ -1,0 +1,217 @@
+"""Checkpoints written behind training: it stands still only while its state is copied."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from localopt import LocalOptimizer, control
+from localopt.collective import Collective
+
+from . import checkpoint
+from .config import PER_HOST, Config
+from .engine import PATIENCE
+from .optimizers import DataParallel
+
+
+class SaveError(OSError):
+    """The last checkpoint could not be written."""
+
+
+class Stateful(Protocol):
+    """What is saved beside model and optimizer, where a run has it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """What counts the steps of the run."""
+
+    def start_at(self, step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class State:
+    """All that changes in training on one rank; ``scaler`` and ``ema`` where the run has them."""
+
+    model: nn.Module
+    optimizer: LocalOptimizer | DataParallel
+    scaler: Stateful | None = None
+    ema: Stateful | None = None
+
+    @property
+    def beside(self) -> dict[str, Stateful]:
+        """What is saved beside model and optimizer, by its key in the file."""
+        optional = {"scaler": self.scaler, "ema": self.ema}
+        return {key: part for key, part in optional.items() if part is not None}
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time, in a thread.
+
+    Ranks tell each other through the store when their files are written; one rank of each host, for
+    hosts that share no disk, then writes the manifest and gives the folder its name. Where a rank
+    can't write, nothing gets the name, one line says so, and training goes on.
+
+    Args:
+        folder: of the run's checkpoints.
+        config: the run's settings.
+        collective: the replicas.
+        publishes: whether this rank is the one of its host.
+        versions: what the manifest says of the software.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        collective: Collective,
+        *,
+        publishes: bool,
+        versions: dict[str, Any],
+    ) -> None:
+        self._folder, self._config, self._collective = folder, config, collective
+        self._publishes, self._versions = publishes, versions
+        self._board = control.Board(collective, "checkpoint")
+        self._thread: Thread | None = None
+        self._problem: str | None = None
+        self._bug: BaseException | None = None
+        self._saves = 0
+        self.saved_at: int | None = None
+
+    def save(self, step: int, state: State, recorder: Stateful, score: dict[str, float]) -> None:
+        """Copy what the checkpoint after ``step`` steps holds, and have it written.
+
+        All ranks call it at the same steps; no collective. Waits for the save before.
+
+        Args:
+            step: steps finished.
+            state: what to save.
+            recorder: what has been recorded.
+            score: the newest evaluation.
+
+        Raises:
+            NonFiniteError: if this replica holds NaN or infinity.
+        """
+        self.wait()
+        self._saves += 1
+        self.saved_at = step
+        content = self._content(step, state, recorder)
+        self._thread = Thread(
+            target=self._run, args=(self._saves, step, content, score), name="save", daemon=True
+        )
+        self._thread.start()
+
+    def _content(self, step: int, state: State, recorder: Stateful) -> dict[str, Any]:
+        saved: dict[str, Any] = {
+            "place": {
+                "step": step,
+                "rank": self._collective.rank,
+                "world_size": self._collective.world_size,
+            },
+            "model": state.model.state_dict(),
+            "rng": torch.get_rng_state(),
+            "recorder": recorder.state_dict(),
+        }
+        if torch.cuda.is_available():
+            saved["cuda_rng"] = torch.cuda.get_rng_state()
+        if self._config.save_opt:
+            saved["optimizer"] = state.optimizer.state_dict()
+        saved |= {key: part.state_dict() for key, part in state.beside.items()}
+        return _copied(saved)
+
+    def wait(self) -> None:
+        """Wait until this rank's part of the save before is done."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._bug is not None:
+            raise self._bug
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is whole on all hosts. All ranks call it.
+
+        Raises:
+            SaveError: on every rank, if it is not.
+        """
+        self.wait()
+        problems = control.gather(self._collective, self._problem or "", PATIENCE)
+        told = next((problem for problem in problems if problem), None)
+        if told:
+            raise SaveError(told)
+
+    def _run(
+        self, number: int, step: int, content: dict[str, Any], score: dict[str, float]
+    ) -> None:
+        try:
+            self._problem = self._written(number, step, content, score)
+            if self._problem and self._publishes:
+                last = max(checkpoint.found(self._folder), default=None)
+                left = "there is none yet" if last is None else f"the newest is that of step {last}"
+                tqdm.write(f"main.py: {self._problem} ({left})", file=sys.stderr)
+        except BaseException as error:  # raised again where training looks next
+            self._bug = error
+
+    def _written(
+        self, number: int, step: int, content: dict[str, Any], score: dict[str, float]
+    ) -> str | None:
+        """Write this rank's file and, where it is to, publish; return what went wrong."""
+        final = checkpoint.folder_of(self._folder, step)
+        draft = checkpoint.draft_of(final)
+        rank, ranks = self._collective.rank, range(self._collective.world_size)
+        where, problem = f"rank {rank} on {socket.gethostname()}", None
+        try:
+            told = checkpoint.write_rank(draft, rank, content)
+        except OSError as error:
+            problem = f"cannot save step {step}: {where}: {draft}: {error.strerror or error}"
+            told = {"problem": problem}
+        self._board.put(f"{number}/{rank}", json.dumps(told))
+        if not self._publishes:
+            return problem
+        notes = self._board.get([f"{number}/{other}" for other in ranks], PATIENCE)
+        files = {checkpoint.rank_file(other): json.loads(notes[other]) for other in ranks}
+        problems = [told["problem"] for told in files.values() if "problem" in told]
+        if not problems:
+            manifest = {
+                "step": step,
+                "world_size": len(ranks),
+                # Alike on all hosts, whose paths differ: ranks compare manifests to resume.
+                "config": {k: v for k, v in self._config.as_dict().items() if k not in PER_HOST},
+                "versions": self._versions,
+                "evaluation": score,
+                "files": files,
+            }
+            try:
+                checkpoint.publish(draft, final, manifest)
+            except OSError as error:
+                problems = [f"cannot save step {step}: {where}: {final}: {error.strerror or error}"]
+        if problems:
+            shutil.rmtree(draft, ignore_errors=True)
+            return problems[0]
+        checkpoint.prune(self._folder, self._config.save_keep)
+        return None
+
+
+def _copied(value: Any) -> Any:
+    """``value`` with every tensor copied to the host: training changes it, and a view would drag
+    its whole flat buffer into the file."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value
