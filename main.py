@@ -14,32 +14,29 @@ from typing import NoReturn
 from training.config import Config, ConfigError, load
 
 
-def main(config: Config) -> None:
-    """Build what ``config`` names, and train."""
+def main(config: Config) -> int:
+    """Build what ``config`` names, and train; return the exit status."""
     if config.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take the GPU
     # Imported here: DeepSpeed takes seconds to import, and a wrong flag should not wait for it.
-    from data.dataset import DataError
-    from localopt import LayoutMismatchError, SyncError
+    from localopt.watch import DEAD
     from training.loop import train
-    from training.record import DivergedError
-    from training.run import assembled
-    from training.saver import SaveError
+    from training.run import OWN_ERRORS, LostRankError, assembled
 
     try:
         with assembled(config) as run:
             train(run)
-    except (
-        ConfigError,
-        DataError,
-        LayoutMismatchError,
-        SyncError,
-        DivergedError,
-        SaveError,
-    ) as error:
+    except OWN_ERRORS as error:
         fail(f"{type(error).__name__}: {error}")
+    except LostRankError as error:
+        end(DEAD, f"main.py: {error}" if error.first else "")
     except Exception:
         fail(traceback.format_exc(), status=1)
+    if not run.preempted:
+        return 0
+    if run.place.rank == 0:
+        print(f"main.py: {run.watch.reason}: saved and stopped; continue with --resume auto")
+    return 128 + run.watch.signal
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -47,11 +44,16 @@ def fail(message: str, status: int = 2) -> NoReturn:
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     # Ranks of a host mostly fail alike: the launcher ends the others before they repeat it.
     time.sleep(0 if local_rank == "0" else 3)
+    end(status, f"main.py: rank {rank} on {socket.gethostname()}: {message}")
+
+
+def end(status: int, line: str) -> NoReturn:
+    """Stop at once: an orderly exit could wait for collectives that never end."""
     with contextlib.suppress(OSError):  # whoever reads this may be gone
-        place = f"rank {rank} on {socket.gethostname()}"
-        print(f"main.py: {place}: {message}", file=sys.stderr, flush=True)
+        if line:
+            print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
-    os._exit(status)  # an orderly exit could wait for collectives that never end
+    os._exit(status)
 
 
 if __name__ == "__main__":
@@ -67,4 +69,4 @@ if __name__ == "__main__":
         settings = load(sys.argv[1:])
     except ConfigError as problem:
         fail(str(problem))
-    main(settings)
+    sys.exit(main(settings))

@@ -24,6 +24,7 @@ from .sync import (
     Rule,
     SlowMo,
 )
+from .watch import Watch
 
 __all__ = [
     "BMUF",
@@ -55,4 +56,5 @@ __all__ = [
     "SyncError",
     "SyncReport",
     "Traffic",
+    "Watch",
 ]

@@ -49,6 +49,33 @@ class Traffic:
             self.wait[rank] += seconds
 
 
+class Waiting:
+    """Whether the thread that trains is in a collective: other threads look here.
+
+    Cost: 0.3 µs per collective.
+
+    Attributes:
+        depth: 0 outside.
+        count: how many have been entered so far.
+        failed: whether the last one raised, as it does where another rank has gone.
+    """
+
+    def __init__(self) -> None:
+        self.depth = self.count = 0
+        self.failed = False
+
+    def __enter__(self) -> None:
+        self.depth += 1
+        self.count += 1
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.depth -= 1
+        self.failed = kind is not None
+
+
+waiting = Waiting()
+
+
 class Pending:
     """A sum that runs behind training.
 
@@ -66,8 +93,9 @@ class Pending:
 
     def wait(self) -> None:
         """Wait until it has ended; on a GPU, make the current stream wait."""
-        for work in self._works:
-            work.wait()
+        with waiting:
+            for work in self._works:
+                work.wait()
 
 
 class Collective:
@@ -143,8 +171,9 @@ class Collective:
         """
         if self.world_size == 1:
             return 0
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=self.group)
+        with waiting:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self.group)
         return self._sum_bytes(tensors)
 
     def start_sum_(self, tensors: Sequence[Tensor]) -> Pending:
@@ -162,8 +191,9 @@ class Collective:
         """Replace each tensor by rank ``source``'s, in place; return the bytes per rank (mean)."""
         if self.world_size == 1:
             return 0
-        for tensor in tensors:
-            dist.broadcast(tensor, group=self.group, group_src=source)
+        with waiting:
+            for tensor in tensors:
+                dist.broadcast(tensor, group=self.group, group_src=source)
         payload = sum(tensor.nbytes for tensor in tensors)
         return (self.world_size - 1) * payload // self.world_size
 
@@ -197,5 +227,6 @@ class Across:
 def clock(device: torch.device) -> float:
     """Seconds, read when ``device`` has finished its work. Cost: one host sync on a GPU."""
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        with waiting:  # it is here that a GPU's collectives are waited for
+            torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()

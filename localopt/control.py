@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from .collective import Collective
+from .collective import Collective, waiting
 from .header import SyncError, ranks_text
 
 TIMEOUT = timedelta(minutes=5)
@@ -105,7 +105,8 @@ def _exchange(
     store.set(f"{key}/{collective.rank}", value)
     keys = [f"{key}/{rank}" for rank in wanted]
     try:
-        store.wait(keys, timeout)
+        with waiting:
+            store.wait(keys, timeout)
     except RuntimeError as error:  # a FileStore's time-out is no DistStoreError
         missing = [rank for rank, k in zip(wanted, keys, strict=True) if not store.check([k])]
         raise AbsentRankError(

@@ -5,19 +5,22 @@
 #   run-scripts/run.sh recipe/digits-resnet-sgd.yml --seed 1
 #   run-scripts/run.sh recipe/vit-b-localadamw-cosine.yml --plan    # what it would cost; trains nothing
 #
-# HOSTFILE=file names another hostfile.
+# HOSTFILE=file names another hostfile. RESTARTS=n starts a run that has crashed again, from its newest
+# checkpoint, up to n times.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
 grace=60 # seconds between the first signal and the last
 hostfile=${HOSTFILE:-hostfile}
+restarts=${RESTARTS:-0}
 die() { echo "run.sh: $*" >&2; exit 2; }
 
 [[ $# -gt 0 && $1 != -* ]] || die "give a recipe first, such as recipe/digits-resnet-sgd.yml"
 [[ -f $1 ]] || die "recipe $1 is missing"
 [[ -f $hostfile ]] || die "hostfile $hostfile is missing: write one line per host, such as" \
     "'localhost slots=2'"
+[[ $restarts =~ ^[0-9]{1,6}$ ]] || die "RESTARTS is '$restarts': it must be a number, such as 3"
 settings=(--recipe-pth "$@")
 
 run-scripts/setup.sh
@@ -61,10 +64,7 @@ except ConfigError as problem:
 data=$("$python" -c "$ask" "${settings[@]}") || exit
 [[ $data != */digits || -e $data/dataset.json ]] || "$python" -m data.write digits --out "$data"
 
-# A port that is free here, so that two runs on one machine don't collide.
-port=$("$python" -c 'import socket
-print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
-launch=(--quiet --hostfile "$hostfile" --master_port "$port")
+launch=(--quiet --hostfile "$hostfile")
 
 if grep -qvxE 'localhost|127\.0\.0\.1' <<<"$hosts"; then
     launch+=(--master_addr "$(head -n 1 <<<"$hosts")") # docs/cluster.md
@@ -94,34 +94,46 @@ running() { # is a process left in the group? Zombies don't count: a container m
     return 1
 }
 
-finish() { # STATUS: leave once no rank is left
+end() { # wait until no rank is left
     local deadline=$((SECONDS + grace))
     while running; do
         ((SECONDS < deadline)) || signal KILL
         ((SECONDS < deadline + 10)) || break
         sleep 0.2
     done
-    exit "$1"
 }
 
 stop() { # STATUS
     trap 'signal KILL' INT TERM HUP # the second time, at once
     signal TERM
-    finish "$1"
+    end
+    exit "$1"
 }
 
 trap 'rm -f ${temporary:+"$temporary"}' EXIT
-trap 'stop 129' HUP
-trap 'stop 130' INT
-trap 'stop 143' TERM
-set -m
-.venv/bin/deepspeed "${launch[@]}" main.py "${settings[@]}" &
-set +m
-status=0
-wait "$!" || status=$?
-# The runner reports success even when the process under it was killed. Ranks still at work tell.
-if ((status == 0)) && running && sleep 10 && running; then
-    echo "run.sh: the launcher died and its ranks train on: ending them; run this again" >&2
-    stop 1
-fi
-finish "$status"
+while :; do
+    trap 'stop 129' HUP
+    trap 'stop 130' INT
+    trap 'stop 143' TERM
+    # A port that is free here, so that two runs on one machine don't collide.
+    port=$("$python" -c 'import socket
+print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
+    set -m
+    .venv/bin/deepspeed "${launch[@]}" --master_port "$port" main.py "${settings[@]}" &
+    set +m
+    status=0
+    wait "$!" || status=$?
+    # The runner reports success even when the process under it was killed. Ranks at work tell.
+    if ((status == 0)) && running && sleep 10 && running; then
+        echo "run.sh: the launcher died and its ranks train on: ending them" >&2
+        status=1
+    fi
+    ((status == 0)) || signal TERM
+    end
+    # 2: a setting that cannot be; 130, 143: it was asked to stop.
+    case $status in 0 | 2 | 130 | 143) exit "$status" ;; esac
+    ((restarts-- > 0)) || exit "$status"
+    echo "run.sh: the run ended with status $status: starting it again from its newest checkpoint" \
+        "($restarts restarts left)" >&2
+    [[ " ${settings[*]} " == *" --resume auto "* ]] || settings+=(--resume auto)
+done

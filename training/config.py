@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
+import reprlib
 import socket
 import typing
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -117,7 +120,7 @@ class Config:
     wandb_entity: str = _setting("", "records", "its account or team (host file)")
     wandb_tags: tuple[str, ...] = _setting((), "records", "its tags")
 
-    resume: Literal["never", "auto"] = _setting("never", "resuming", "auto: continue the newest run in log_pth that has these settings, from its newest whole checkpoint; start a new one if there is none")
+    resume: Literal["never", "auto"] = _setting("never", "resuming", "auto: continue the newest unfinished run in log_pth that has these settings, from its newest whole checkpoint; where there is none, start as without")
     resume_pth: str = _setting("", "resuming", "checkpoint folder to continue from, or a file of weights to start from")
     resume_from_epoch: int = _setting(-1, "resuming", "epoch to start at; -1: the checkpoint's, 0 with a file of weights")
     resume_from_step: int = _setting(-1, "resuming", "step to start at, counted over the whole run; overrides resume_from_epoch")
@@ -125,6 +128,8 @@ class Config:
     multiple_optimizers: bool = _setting(True, "resuming", "each rank takes its own optimizer state from there; else all take rank 0's")
 
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "machine", "auto: GPUs where there are some")
+    dead_after: float = _setting(60.0, "machine", "seconds without a sign of life after which a rank is dead, and the run ends on all hosts")
+    stall_after: float = _setting(1800.0, "machine", "seconds without progress after which a rank hangs, and the run ends; more than the longest step")
     local_rank: int = _setting(0, "machine", "place on this host, from the launcher")
     deepspeed_config: str = _setting("", "machine", "DeepSpeed JSON merged into the engine's settings")
     # fmt: on
@@ -152,8 +157,10 @@ class Config:
             raise ConfigError(f"decay_points is {list(self.decay_points)}: it must increase")
         if self.period == "power" and self.local and self.power <= 0:
             raise ConfigError(f"power is {self.power}: period power needs a positive one")
-        if self.decay_points and self.decay_points[0] < 0:
-            raise ConfigError(f"decay_points is {list(self.decay_points)}: epochs are not negative")
+        if self.decay_points and not 0 <= self.decay_points[0] <= self.decay_points[-1] <= 1e6:
+            raise ConfigError(
+                f"decay_points is {list(self.decay_points)}: they must lie between 0 and 1e6"
+            )
         if self.scheduler == "cosine-step" and self.min_lr == 0:
             raise ConfigError(
                 "min_lr is 0: scheduler cosine-step needs a positive one, for 0 is no power of 2"
@@ -161,10 +168,13 @@ class Config:
         for name in ("data", "data_pth", "log_pth", "model"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty: give one")
+        for name in _PATHS:
+            checked_path(getattr(self, name), name)
+        checked_path(os.path.join(self.data_pth, self.data), "data")
         self._check_synchronisation()
         self._check_resuming()
         if self.nesterov and self.momentum == 0:
-            raise ConfigError("nesterov is true: it needs a positive momentum")
+            raise ConfigError("nesterov is true: it needs a positive momentum, not 0")
 
     def _check_synchronisation(self) -> None:
         """What only local optimizers do."""
@@ -178,11 +188,6 @@ class Config:
     def _check_resuming(self) -> None:
         if self.resume == "auto" and not self.save_opt:
             raise ConfigError("resume is 'auto': save_opt is false, so no run could be continued")
-        if self.resume == "auto" and self.resume_pth:
-            raise ConfigError(
-                f"resume is 'auto': it finds the checkpoint itself; leave resume_pth "
-                f"({self.resume_pth!r}) out"
-            )
         if self.init_model_by_seed == -1 and not self.resume_pth:
             raise ConfigError("init_model_by_seed is -1: give the weights with --resume-pth")
         for name in ("resume_from_epoch", "resume_from_step", "optimizer_resume_pth"):
@@ -228,7 +233,7 @@ class Config:
 _LEAST = {
     "total_batch_size": 1, "physical_batch_size": 1, "max_lr": 0, "min_lr": 0, "wd": 0, "eps": 0,
     "clip_norm": 0, "gamma": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0, "save_steps": 0, "save_keep": 0,
-    "local_rank": 0, "power": 0, "randaugment_depth": 0,
+    "local_rank": 0, "power": 0, "switch_step": -1,
 }  # fmt: skip
 _DERIVED = {
     "steps_per_epoch": 1, "epochs_for_sche": 1, "h_max": 1, "warmup_steps": 0, "resolution": 1,
@@ -238,10 +243,12 @@ _RANGE = {
     "label_smoothing": (0, 1), "momentum": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "val_crop_ratio": (1e-3, 1),
     "seed": (0, 2**32 - 1), "init_model_by_seed": (-1, 2**32 - 1), "warmup_epochs": (0, 1e6),
     "epochs": (0, 10**6), "nw": (1, 1024), "resolution": (-1, 65_535),
-    "randaugment_severity": (1, 10), "mixup": (0, 1e6), "resize_initial_scale": (0.05, 1),
+    "randaugment_depth": (0, 100), "randaugment_severity": (1, 10), "mixup": (0, 1e6), "resize_initial_scale": (0.05, 1),
     "resize_finetune_fraction": (0, 1), "ema": (0, 1),
-    "crop_padding": (0, 65_535), "label_skew": (0, 1e6),
+    "crop_padding": (0, 65_535), "label_skew": (0, 1e6), "dead_after": (1, 86_400),
+    "stall_after": (1, 86_400),
 }  # fmt: skip
+_PATHS = ("data_pth", "log_pth", "resume_pth", "optimizer_resume_pth", "deepspeed_config")
 HOST_KEYS = ("data_pth", "log_pth", "wandb_project", "wandb_entity", "nw")
 # What may differ between ranks without making them train differently.
 PER_HOST = (*HOST_KEYS, "local_rank", "resume_pth", "optimizer_resume_pth")
@@ -265,68 +272,130 @@ def load(argv: Sequence[str]) -> Config:
         SystemExit: for ``--help``.
     """
     flags = _parse(argv)
-    recipe = _found(flags.pop("recipe_pth", DEFAULT_RECIPE))
+    recipe = _found(flags.pop("recipe_pth", DEFAULT_RECIPE), "--recipe-pth")
     default_host = ROOT / f".config_{socket.gethostname()}.yml"
     given_host = flags.pop("config_pth", None)
     settings: dict[str, Any] = {}
     if given_host is not None or default_host.exists():
-        host = _found(given_host or str(default_host))
+        host = _found(str(default_host) if given_host is None else given_host, "--config-pth")
         settings |= _read(host, "host file", HOST_KEYS)
     settings |= _read_recipe(recipe)
     settings |= flags
     return Config(**settings)
 
 
-def _found(path: str) -> Path:
+def _found(path: str, flag: str) -> Path:
     """``path`` from the working directory, or from the repository if only there is such a file."""
+    checked_path(path, flag)
+    if not path:
+        raise ConfigError(f"{flag} is empty: give a file")
     here = Path(path).expanduser()
     return here if here.exists() or not absolute(path).exists() else absolute(path)
 
 
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not a silent choice."""
+def checked_path(path: str, name: str) -> None:
+    """Raise ConfigError for a path that no file can have."""
+    try:
+        absolute(converted(path, str)).exists()
+    except OSError as error:
+        raise ConfigError(f"{name} is {shortened(path)}: {error.strerror}") from None
+    except (ValueError, RuntimeError) as error:  # the latter for ~nobody
+        raise ConfigError(f"{name} is {shortened(path)}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what would surprise: a key given twice, and aliases, which can be bombs."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError(f"alias *{self.peek_event().anchor}: write its value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise ConfigError(f"key {twice[0]!r} is given twice")
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConfigError(f"key {shortened(key.value)} is given twice")
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep)
 
 
-def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except ConfigError:
+        raise
+    # PyYAML has its own errors, and those of what it calls: a date or a number that cannot be, a
+    # `!!bool x` that it does not find in a table, a depth that it cannot follow.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"not valid YAML{line}: {reason[:200]}") from None
+
+
+def _read_recipe(
+    path: Path, above: tuple[Path, ...] = (), what: str = "recipe"
+) -> dict[str, Any]:
     """The settings of a recipe, on top of those of its ``base``, a recipe in the same folder."""
-    settings = _read(path, "recipe", ("base", *_FIELDS))
+    settings = _read(path, what, ("base", *_FIELDS))
     base = settings.pop("base", None)
     if base is None:
         return settings
-    if path in above:
+    above = *above, Path(os.path.realpath(path))
+    where = path.parent / base
+    checked_path(str(where), f"recipe {path}: base")
+    if Path(os.path.realpath(where)) in above:
         raise ConfigError(f"recipe {path}: base {base!r} leads back to it")
-    return _read_recipe(path.parent / base, (*above, path)) | settings
+    return _read_recipe(where, above, f"recipe {path}: base") | settings
 
 
 def _read(path: Path, what: str, allowed: Sequence[str]) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _NoDuplicates)
-    except OSError as error:
-        raise ConfigError(f"{what} {path}: {error.strerror}") from None
+        content = _from_yaml(text_of(path))
     except ConfigError as error:
         raise ConfigError(f"{what} {path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # dates and numbers that cannot be
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        raise ConfigError(f"{what} {path}{line}: not valid YAML") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{what} {path}: it must hold `key: value` lines")
     settings = {}
     for key, value in content.items():
         if key not in allowed:
-            raise ConfigError(f"{what} {path}: unknown key {key!r}{_nearest(str(key), allowed)}")
+            raise ConfigError(
+                f"{what} {path}: unknown key {shortened(key)}{_nearest(str(key), allowed)}"
+            )
         try:
             settings[key] = converted(value, _TYPES[key])
         except ValueError as error:
-            raise ConfigError(f"{what} {path}: {key} is {value!r}: {error}") from None
+            raise ConfigError(f"{what} {path}: {key} is {shortened(value)}: {error}") from None
     return settings
+
+
+_LARGEST = 2**20  # bytes of a settings file: /dev/zero has no end
+
+
+def text_of(path: Path) -> str:
+    """The content of a settings file, or ConfigError saying why there is none."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ConfigError(f"more than {_LARGEST} bytes")
+        return content.decode()
+    except OSError as error:
+        raise ConfigError(error.strerror) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not valid UTF-8 text: byte {error.start}") from None
+
+
+def shortened(value: Any) -> str:
+    """``repr(value)``, as far as it fits a message."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple, _REPR.maxset = 4, 20, 20, 20, 20
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 150
 
 
 def _nearest(name: str, allowed: Sequence[str]) -> str:
@@ -355,7 +424,16 @@ def converted(value: Any, kind: Any) -> Any:
         return _number(str(value) if abs(value) < 10**300 else "too large", float)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"it must be {_KINDS[kind]}")
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise ValueError("it must be an integer of at most 64 bits")
+    if kind is str and not all(_is_plain(character) for character in value):
+        raise ValueError("it must be text, without control characters")
     return value
+
+
+def _is_plain(character: str) -> bool:
+    """Neither a control character, which could break the line, nor half of a UTF-16 pair."""
+    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp")
 
 
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -386,10 +464,10 @@ def _convert_settings(value: Any) -> dict[str, Any]:
     """A mapping, or the words NAME=VALUE of a flag, whose values are YAML."""
     if isinstance(value, list) and all(isinstance(w, str) and "=" in w for w in value):
         pairs = [word.partition("=") for word in value]
-        try:
-            return {name: yaml.safe_load(text) for name, _, text in pairs}
-        except yaml.YAMLError:
-            raise ValueError("a value is not valid YAML") from None
+        names = [name for name, _, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} is given twice")
+        return {name: _from_yaml(text) for name, _, text in pairs}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("it must be a mapping, as a flag NAME=VALUE …")
     return value
@@ -442,8 +520,7 @@ def _add_flag(group: Any, name: str, f: Field[Any]) -> None:
     origin = typing.get_origin(kind)
     options: dict[str, Any] = {"dest": name, "help": f"{f.metadata['help']} ({_default_text(f)})"}
     if origin is tuple:
-        count = typing.get_args(kind)
-        options["nargs"] = "*" if count[-1] is Ellipsis else len(count)
+        options["nargs"] = "*"  # `converted` knows how many, and names those it has got
     if origin is dict:
         options |= {"nargs": "*", "metavar": "NAME=VALUE"}
     elif kind is bool:
@@ -477,8 +554,10 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
         names = sorted({o for action in parser._actions for o in action.option_strings})
         flag = unknown[0].split("=")[0]
         close = difflib.get_close_matches(flag, [n for n in names if "_" not in n], n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else "; see --help"
-        raise ConfigError(f"unknown flag {flag}{hint}")
+        hint = f"; did you mean {close[0]}?" if close and flag[2:] else "; see --help"
+        # As it stands where it is plain: quotes would be part of what one types.
+        told = flag if flag.isprintable() and len(flag) < 100 else shortened(flag)
+        raise ConfigError(f"unknown flag {told}{hint}")
     flags = vars(known)
     for name in ("deepspeed", "deepscale"):
         flags.pop(name, None)
@@ -488,7 +567,7 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
                 flags[name] = converted(value, _TYPES[name])
             except ValueError as error:
                 flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(f"{flag} is {value!r}: {error}") from None
+                raise ConfigError(f"{flag} is {shortened(value)}: {error}") from None
     return flags
 
 

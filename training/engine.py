@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from localopt import LocalOptimizer
+from localopt.collective import waiting
 
 from .config import Config, ConfigError, absolute
 from .optimizers import DataParallel
@@ -119,7 +120,7 @@ def _require_hostfile() -> None:
 
     The launcher does not pass the flag on, so it is looked for in the processes above this one.
     """
-    for arguments, folder in _processes_above():
+    for _, arguments, folder in _processes_above():
         if not any("deepspeed" in argument for argument in arguments[:4]):
             continue  # srun and mpirun have other flags of these names
         for flag, value in itertools.pairwise(arguments):
@@ -132,13 +133,35 @@ def _require_hostfile() -> None:
                 )
 
 
-def _processes_above() -> Iterator[tuple[list[str], Path]]:
-    """Command line and working directory of this process's ancestors, as far as can be seen."""
+def launchers() -> list[int]:
+    """The processes above this one that launched it: without them nobody waits for the run.
+
+    They are torchrun, or DeepSpeed's launcher with its runner above, or with the ssh session that
+    the runner on another host has opened.
+    """
+    found: list[int] = []
+    remote = False
+    for pid, arguments, _ in _processes_above():
+        start = " ".join(arguments[:4])
+        if "deepspeed.launcher.launch" in start or "torch.distributed.run" in start:
+            remote = "deepspeed" in start
+            found.append(pid)
+        elif "deepspeed" in start or "torchrun" in start:
+            remote = False
+            found.append(pid)
+        elif remote and arguments[0].startswith("sshd"):
+            return [*found, pid]
+    return found
+
+
+def _processes_above() -> Iterator[tuple[int, list[str], Path]]:
+    """Number, command line and working directory of this process's ancestors, where visible."""
     pid = os.getppid()
     with contextlib.suppress(OSError):
         while pid > 1:
             process = Path("/proc", str(pid))
-            yield (process / "cmdline").read_text().split("\0"), (process / "cwd").readlink()
+            arguments = (process / "cmdline").read_text().split("\0")
+            yield pid, arguments, (process / "cwd").readlink()
             # "pid (name) state parent …": the name may hold spaces.
             pid = int((process / "stat").read_text().rpartition(")")[2].split()[1])
 
@@ -242,7 +265,7 @@ class Engine:
         @functools.wraps(reduce)
         def timed(*args: Any, **kwargs: Any) -> None:
             before = timer.seconds
-            with timer:
+            with timer, waiting:
                 reduce(*args, **kwargs)
             optimizer.count_round(self._engine.communication_data_type, timer.seconds - before)
 
@@ -293,10 +316,11 @@ class Engine:
             return torch.compiler.set_stance("force_eager")
         return contextlib.nullcontext()
 
-    def close(self) -> None:
-        """Leave the process group together: gloo aborts ranks that leave one by one."""
-        dist.barrier()
-        dist.destroy_process_group()
+
+def leave() -> None:
+    """Leave the process group together: gloo aborts ranks that leave one by one."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 class _Timer:

@@ -12,7 +12,10 @@ from .run import Run
 
 
 def train(run: Run) -> None:
-    """Train to the end, evaluating the consensus at each epoch's last synchronisation."""
+    """Train to the end, evaluating the consensus at each epoch's last synchronisation.
+
+    Where the replicas are asked to stop they agree on a step, save after it, and return.
+    """
     config, optimizer, schedule = run.config, run.optimizer, run.schedule
     step = run.start.step
     if config.eval_on_start and run.start.folder is None:
@@ -21,6 +24,8 @@ def train(run: Run) -> None:
         begin, end = epoch * run.steps_per_epoch, (epoch + 1) * run.steps_per_epoch
         batches = run.train_data.epoch(epoch, start_step=step - begin, steps=end - step)
         for micro_batches in grouped(batches, run.engine.accumulation):
+            if not run.watch.begin(step):
+                return preempt(run, step)
             lr = schedule(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -37,9 +42,7 @@ def train(run: Run) -> None:
     optimizer.finish()
     if step and (run.update_ema(step) or run.recorder.evaluated_at != step):
         evaluate_consensus(run, step)
-    if not (run.start.folder and run.start.step == step):
-        save(run, step)
-    run.saver.finish()
+    save_last(run, step)
     run.recorder.finished()
 
 
@@ -72,7 +75,7 @@ def grouped(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
 def evaluate_consensus(run: Run, step: int) -> None:
     """Evaluate what the replicas agree on, with BatchNorm statistics of its own. Collective."""
     started = time.perf_counter()
-    with run.optimizer.consensus(), run.engine.uncompiled():
+    with run.watch.phase("evaluating"), run.optimizer.consensus(), run.engine.uncompiled():
         evaluation, average = _evaluated(run, step), None
         if run.ema:
             with run.ema.in_place():
@@ -91,3 +94,18 @@ def _evaluated(run: Run, step: int) -> Evaluation:
 def save(run: Run, step: int) -> None:
     """Have a checkpoint written below the run's folder. All ranks call it."""
     run.saver.save(step, run.state, run.recorder, run.recorder.evaluation)
+
+
+def save_last(run: Run, step: int) -> None:
+    """Have the last checkpoint written, if it isn't there yet, and wait for it. Collective."""
+    if run.saver.saved_at != step:
+        save(run, step)
+    with run.watch.phase("saving"):
+        run.saver.finish()
+
+
+def preempt(run: Run, step: int) -> None:
+    """End a run that was asked to stop: save, and leave a marker. All ranks call it."""
+    save_last(run, step)
+    run.recorder.preempted(step, run.watch.reason)
+    run.preempted = True

@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from data.dataset import DESCRIPTION, TRAIN, DataError, Dataset
 
-from .config import DEFAULT_RECIPE, Config, ConfigError, absolute, converted, load
+from .config import (
+    DEFAULT_RECIPE,
+    Config,
+    ConfigError,
+    absolute,
+    checked_path,
+    converted,
+    load,
+    shortened,
+    text_of,
+)
 from .lr import Schedule
 
 # What imports torch is imported where it is needed: --help, which lists the flags below, should not
@@ -54,6 +64,7 @@ class Options:
     alphas: tuple[float, ...] = _flag(tuple[float, ...], (), "values of alpha to compare")
 
     def __post_init__(self) -> None:
+        checked_path(self.hostfile, "--plan-hostfile")
         for f in fields(self):
             value = getattr(self, f.name)
             for number in value if isinstance(value, tuple) else (value,):
@@ -231,7 +242,7 @@ def _parse(argv: Sequence[str]) -> tuple[Options, list[str], str]:
             flag = word.split("=")[0]
             close = difflib.get_close_matches(flag, ours, n=1)
             raise ConfigError(
-                f"unknown flag {flag}"
+                f"unknown flag {flag if flag.isprintable() else repr(flag)}"
                 + (f"; did you mean {close[0]}?" if close else "; see --help")
             )
     recipe = given.pop("recipe", None)
@@ -242,7 +253,7 @@ def _parse(argv: Sequence[str]) -> tuple[Options, list[str], str]:
         try:
             given[name] = converted(value, kinds[name])
         except ValueError as error:
-            raise ConfigError(f"{_dashed(name)} is {value!r}: {error}") from None
+            raise ConfigError(f"{_dashed(name)} is {shortened(value)}: {error}") from None
     if recipe is not None:
         rest = ["--recipe-pth", recipe, *rest]
     return Options(**given), rest, recipe or DEFAULT_RECIPE
@@ -259,29 +270,40 @@ def _nodes(options: Options) -> list[int]:
             "slots: give --plan-gpus too"
         )
     if options.gpus is not None or options.nodes is not None:
-        slots = [options.gpus or slots[0]] * (options.nodes or len(slots))
+        gpus, nodes = options.gpus or slots[0], options.nodes or len(slots)
+        if gpus * nodes > _MOST:
+            raise ConfigError(
+                f"--plan-nodes is {nodes} and --plan-gpus {gpus}: more than {_MOST} replicas"
+            )
+        slots = [gpus] * nodes
     return [node for node, count in enumerate(slots) for _ in range(count)]
+
+
+_MOST = 100_000  # replicas that a plan goes through one by one
 
 
 def _slots(options: Options) -> list[int]:
     """The slots of each host in the host file."""
     path = absolute(options.hostfile)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise ConfigError(f"hostfile {path}: {reason}; give --plan-nodes and --plan-gpus") from None
-    slots = []
+        lines = text_of(path).splitlines()
+    except ConfigError as error:
+        raise ConfigError(f"hostfile {path}: {error}; give --plan-nodes and --plan-gpus") from None
+    slots: dict[str, int] = {}
     for line in lines:
         line = line.partition("#")[0].strip()
-        found = re.fullmatch(r"\S+\s+slots=(\d+)", line)
-        if line and (found is None or int(found[1]) == 0):
-            raise ConfigError(f"hostfile {path}: {line!r} is not like `node1 slots=8`")
+        found = re.fullmatch(r"(\S+)\s+slots=0*([1-9]\d{0,5})", line, re.ASCII)
+        if line and found is None:
+            raise ConfigError(f"hostfile {path}: {shortened(line)} is not like `node1 slots=8`")
+        if found and found[1] in slots:
+            raise ConfigError(f"hostfile {path}: {shortened(line)} is {found[1]} a second time")
         if found:
-            slots.append(int(found[1]))
+            slots[found[1]] = int(found[2])
     if not slots:
         raise ConfigError(f"hostfile {path}: it lists no host; give --plan-nodes and --plan-gpus")
-    return slots
+    if sum(slots.values()) > _MOST:
+        raise ConfigError(f"hostfile {path}: {sum(slots.values())} slots, more than {_MOST}")
+    return list(slots.values())
 
 
 def _data_set(config: Config, options: Options) -> tuple[Known, str]:

@@ -31,6 +31,7 @@ from .evaluate import Evaluation
 from .optimizers import DataParallel
 from .resume import Start
 
+PREEMPTED = "preempted"  # the marker of a run that was asked to stop
 _PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "numpy", "vit-pytorch", "torchvision", "wandb")
 
 
@@ -43,6 +44,9 @@ class Sink(Protocol):
 
     def write(self, record: dict[str, Any]) -> None:
         """Take one record; its "step" is the number of steps finished."""
+
+    def preempted(self) -> None:
+        """The run stops before its end."""
 
     def close(self, *, failed: bool) -> None:
         """No record follows."""
@@ -64,6 +68,9 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
+
+    def preempted(self) -> None:
+        pass
 
     def close(self, *, failed: bool) -> None:
         self._file.close()
@@ -98,6 +105,9 @@ class Wandb:
         self._run.log(values, step=step)
         if self._ask_for_upload and kind in ("val", "summary"):
             self._ask_for_upload()
+
+    def preempted(self) -> None:
+        self._run.mark_preempting()
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -237,6 +247,7 @@ class Recorder:
         self._sinks: list[Sink] = []
         self._file: JsonLines | None = None
         if place.rank == 0:
+            (folder / PREEMPTED).unlink(missing_ok=True)
             self._file = JsonLines(folder / "metrics.jsonl", kept)
             self._sinks.append(self._file)
             if config.wandb != "disabled":
@@ -392,6 +403,16 @@ class Recorder:
             write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(_table(summary, self.folder, self.config), flush=True)
         self.close()
+
+    def preempted(self, step: int, reason: str) -> None:
+        """The run stops before its end: a marker in its folder, until it is continued."""
+        self._bar.close()
+        if self.place.rank == 0:
+            now = datetime.now().isoformat("T", "seconds")
+            told = {"step": step, "reason": reason, "time": now}
+            write_text(self.folder / PREEMPTED, json.dumps(told) + "\n")
+            for sink in self._sinks:
+                sink.preempted()
 
     def close(self, *, failed: bool = False) -> None:
         """No record follows."""

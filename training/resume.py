@@ -19,7 +19,7 @@ from localopt.merge import merged
 
 from . import checkpoint
 from .checkpoint import MANIFEST, CheckpointError, sha256
-from .config import DEFAULTS, PER_HOST, Config, ConfigError, absolute
+from .config import DEFAULTS, HOST_KEYS, Config, ConfigError, absolute
 from .optimizers import DataParallel
 from .saver import Counting, State
 
@@ -28,10 +28,11 @@ _FITTING = (
     "model", "blurpool", "squeeze_excite", "optimizer", "data", "total_batch_size", "label_skew",
     "sync", "sync_settings", "precision", "ema",
 )  # fmt: skip
-# Groups of settings that may differ where the newest checkpoint of a run is looked for.
-_FREE_GROUPS = ("records", "resuming")
-# Those that follow from the number of replicas.
-_FREE = (*PER_HOST, "physical_batch_size")
+# Settings that a run may change when it is continued; physical_batch_size follows from the number
+# of replicas.
+_FREE = {*HOST_KEYS, "resume", "physical_batch_size"}.union(
+    f.name for f in fields(Config) if f.metadata["group"] in ("records", "machine")
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def newest(config: Config, collective: Collective) -> Path | None:
 
 
 def _checkpoints(runs: Path, config: Config) -> list[Path]:
-    """Checkpoints of runs with these settings, the newest run's newest first."""
+    """Checkpoints of unfinished runs with these settings, the newest run's newest first."""
     mine = _compared(config.as_dict())
     paths: list[Path] = []
     for run in sorted(runs.glob("*/config.yml"), key=lambda file: file.parent.name, reverse=True):
@@ -143,14 +144,14 @@ def _checkpoints(runs: Path, config: Config) -> list[Path]:
             theirs = yaml.safe_load(run.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        if isinstance(theirs, dict) and _compared(theirs) == mine:
+        finished = (run.parent / "summary.json").exists()
+        if not finished and isinstance(theirs, dict) and _compared(theirs) == mine:
             paths += reversed(checkpoint.found(run.parent / "checkpoints").values())
     return paths
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    free = {f.name for f in fields(Config) if f.metadata["group"] in _FREE_GROUPS}.union(_FREE)
-    return {key: value for key, value in (DEFAULTS | settings).items() if key not in free}
+    return {key: value for key, value in (DEFAULTS | settings).items() if key not in _FREE}
 
 
 def _fault(folder: Path, collective: Collective) -> str:

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from data.dataset import checked, sha256
+from data.dataset import DataError, checked, sha256
 from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
-from localopt import LocalOptimizer, control
+from localopt import LayoutMismatchError, LocalOptimizer, SyncError, Watch, control
 from localopt.collective import Collective
 
 from . import checkpoint, checks, engine, models, optimizers, record, resume, saver
 from .config import PER_HOST, Config, ConfigError, absolute
 from .lr import Schedule
+from .saver import SaveError
 
 if TYPE_CHECKING:
     from .methods import Ema
@@ -44,11 +45,13 @@ class Run:
     val_data: ValData
     collective: Collective
     recorder: record.Recorder
+    watch: Watch
     state: saver.State
     saver: saver.Saver
     methods: Sequence[Method]
     steps_per_epoch: int
     start: resume.Start
+    preempted: bool = False  # whether it was asked to stop before its end
 
     def prepared(self, micro_batches: Iterable[engine.Batch], step: int) -> Iterator[engine.Batch]:
         """The micro-batches of one step, after Mixup and the like."""
@@ -69,21 +72,63 @@ class Run:
         return bool(self.ema and agreed and self.ema.update(step))
 
 
+class LostRankError(RuntimeError):
+    """Another rank has died or hangs; ``first`` on the rank that is to say so."""
+
+    def __init__(self, message: str, *, first: bool) -> None:
+        super().__init__(message)
+        self.first = first
+
+
 @contextmanager
 def assembled(config: Config) -> Iterator[Run]:
     """Join the other replicas, build what ``config`` names, and close it all at the end.
+
+    Meanwhile each rank is watched: one that is lost ends the run on all.
 
     Raises:
         ConfigError: if settings do not fit together, the machine or the data.
         DataError: if the data are missing or damaged.
         LayoutMismatchError: if replicas have different settings.
         AbsentRankError: if one does not arrive.
+        LostRankError: where a collective failed because another rank is lost.
     """
     deepspeed = engine.deepspeed_settings(config, accumulation=1)
     if config.local:
         optimizers.rule(config)  # a wrong setting should not wait for the other replicas
     place = engine.start(config)
     collective = Collective()
+    watch = Watch(
+        collective,
+        dead_after=config.dead_after,
+        stall_after=config.stall_after,
+        advice="continue with --resume auto",
+        watch_parent=engine.launchers(),
+    )
+    try:
+        with watch, _assembled(config, deepspeed, place, collective, watch) as run:
+            yield run
+    except Exception as error:
+        if watch.verdict and not watch.failed and not isinstance(error, OWN_ERRORS):
+            raise LostRankError(watch.verdict, first=watch.first) from error
+        raise
+    engine.leave()
+
+
+# Errors that tell by themselves what is wrong, mostly on all ranks alike.
+OWN_ERRORS = (
+    ConfigError, DataError, LayoutMismatchError, SyncError, record.DivergedError, SaveError,
+)  # fmt: skip
+
+
+@contextmanager
+def _assembled(
+    config: Config,
+    deepspeed: dict[str, Any],
+    place: engine.Place,
+    collective: Collective,
+    watch: Watch,
+) -> Iterator[Run]:
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
     _agree_on_data(config, place, collective)
@@ -138,10 +183,12 @@ def assembled(config: Config) -> Iterator[Run]:
             val_data=val_data,
             collective=collective,
             recorder=recorder,
+            watch=watch,
             state=state,
             saver=saver.Saver(
                 checkpoints, config, collective,
                 publishes=place.local_rank == 0, versions=record.versions(),
+                saved_at=start.step if start.folder else None,
             ),
             methods=_methods(config, place, train_data.num_classes, schedule.total_steps),
             steps_per_epoch=steps_per_epoch,
@@ -151,7 +198,6 @@ def assembled(config: Config) -> Iterator[Run]:
         recorder.close(failed=True)
         raise
     recorder.close()
-    trainer.close()
 
 
 def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) -> None:

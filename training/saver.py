@@ -72,6 +72,7 @@ class Saver:
         collective: the replicas.
         publishes: whether this rank is the one of its host.
         versions: what the manifest says of the software.
+        saved_at: the step after which a checkpoint is there already.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Saver:
         *,
         publishes: bool,
         versions: dict[str, Any],
+        saved_at: int | None = None,
     ) -> None:
         self._folder, self._config, self._collective = folder, config, collective
         self._publishes, self._versions = publishes, versions
@@ -90,7 +92,7 @@ class Saver:
         self._problem: str | None = None
         self._bug: BaseException | None = None
         self._saves = 0
-        self.saved_at: int | None = None
+        self.saved_at = saved_at
 
     def save(self, step: int, state: State, recorder: Stateful, score: dict[str, float]) -> None:
         """Copy what the checkpoint after ``step`` steps holds, and have it written.

@@ -51,6 +51,13 @@ def checkpoints(outcome: Outcome) -> dict[int, Path]:
     return checkpoint.found(outcome.folder / "checkpoints")
 
 
+def unfinished(outcome: Outcome, *steps: int) -> None:
+    """Make a run's folder what it would be had it ended before these checkpoints."""
+    (outcome.folder / "summary.json").unlink()
+    for step in steps:
+        shutil.rmtree(checkpoints(outcome)[step])
+
+
 def damage(folder: Path, how: str) -> None:
     file = folder / "rank-0001.pt"
     if how == "truncated":
@@ -85,7 +92,7 @@ def test_a_damaged_checkpoint_is_passed_over(flags, how: str, told: str) -> None
     assert list(saved) == [3, 6, 9, 12]
     records = [line for line in whole.records if "seconds" not in line]
     expected = {rank: weights(saved[12], rank) for rank in (0, 1)}
-    shutil.rmtree(saved[12])
+    unfinished(whole, 12)
     damage(saved[9], how)
     again = start(*given, "--resume", "auto")
     assert again.codes == [0, 0], again.errors
@@ -105,12 +112,17 @@ def weights(folder: Path, rank: int) -> dict[str, list]:
     return {name: tensor.tolist() for name, tensor in state.items()}
 
 
-def test_without_a_checkpoint_that_fits_a_new_run_begins(flags) -> None:
-    first = start(*flags)
-    other = start(*flags, "--resume", "auto", "--seed", "1")
-    assert other.codes == [0, 0] and other.folder != first.folder
-    again = start(*flags, "--resume", "auto", "--log-freq", "2")  # what is recorded may differ
-    assert again.codes == [0, 0] and again.folder == first.folder
+def test_only_an_unfinished_run_with_these_settings_is_continued(flags) -> None:
+    given = (*flags, "--resume", "auto", "--save-steps", "6")
+    first = start(*given)
+    again = start(*given)
+    assert first.codes == again.codes == [0, 0] and again.folder != first.folder
+    unfinished(first, 12)
+    unfinished(again, 6, 12)
+    other = start(*given, "--seed", "1")
+    assert other.codes == [0, 0] and other.folder not in (first.folder, again.folder)
+    last = start(*given, "--log-freq", "2")  # what is recorded may differ
+    assert last.codes == [0, 0] and last.folder == first.folder
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (2, 1)])
@@ -123,8 +135,7 @@ def test_a_run_goes_on_with_other_replicas(flags, before: int, after: int) -> No
     )  # fmt: skip
     whole = start(*given, world_size=before)
     expected = weights(checkpoints(whole)[12], 0)
-    for step in (8, 12):
-        shutil.rmtree(checkpoints(whole)[step])
+    unfinished(whole, 8, 12)
     again = start(*given, "--resume", "auto", world_size=after)
     assert again.codes == [0] * after, again.errors
     assert f"saved by {before} replicas at step 4, this run has {after}" in again.outputs[0]
@@ -139,7 +150,7 @@ def test_a_run_goes_on_with_other_replicas(flags, before: int, after: int) -> No
 def test_local_replicas_that_differ_become_others(flags, recipe: str) -> None:
     given = (*flags, "--recipe-pth", f"recipe/{recipe}.yml", "--save-steps", "5")
     whole = start(*given)
-    shutil.rmtree(checkpoints(whole)[12])
+    unfinished(whole, 12)
     again = start(*given, "--resume", "auto", world_size=4)
     assert again.codes == [0] * 4, again.errors
     assert [r["step"] for r in again.records if r["kind"] == "train"] == [4, 8, 12]
