@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -68,6 +73,54 @@ def test_the_slurm_job_starts_torchrun_on_each_host(hosts, tmp_path: Path) -> No
     ended = launch(commands, INTERFACE | job, tmp_path)
     assert [status for status, _ in ended.values()] == [0, 0], ended
     check_that_they_trained_together(hosts)
+
+
+@pytest.mark.skipif(bool(lacks_ssh()), reason=f"apt-get install {' '.join(lacks_ssh())}")
+@pytest.mark.parametrize("event", ["a rank is killed", "the launcher is told to stop"])
+def test_the_end_of_a_rank_or_launcher_ends_the_run_on_all_hosts(
+    hosts, tmp_path: Path, event: str
+) -> None:
+    serve_ssh(hosts)
+    for host in hosts:
+        write(host, ROOT / f".config_{host.name}.yml", own_folders(host))
+    write(hosts[0], ROOT / ".deepspeed_env", "".join(f"{k}={v}\n" for k, v in INTERFACE.items()))
+    endless = ["--epochs", "1000", "--save-steps", "5", "--dead-after", "4"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        runner = hosts[0].start(
+            [*DEEPSPEED, *SHORT, *endless], ROOT, env=os.environ | {"HOME": str(DISK)},
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    runs = [seen(host, DISK / host.name / "runs") for host in hosts]
+    deadline = time.monotonic() + 60
+    while not all(list(folder.glob("*/checkpoints/step-*")) for folder in runs):
+        assert runner.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    ranks = {process.environ()["RANK"]: process for process in programs()}
+    assert set(ranks) == {"0", "1"}
+    if event == "a rank is killed":
+        ranks["1"].kill()
+    else:
+        psutil.Process(runner.pid).children()[0].terminate()  # of nsenter's: the launcher itself
+    status = runner.wait(40)
+    assert not psutil.wait_procs(ranks.values(), timeout=40)[1], "a rank is left"
+    if event == "a rank is killed":
+        assert status != 0
+        named = r"rank 1 on hostb has died .*last at step \d+.*--resume auto"
+        assert re.search(named, log.read_text())
+    else:
+        assert [len(list(folder.glob("*/preempted"))) for folder in runs] == [1, 0]
+
+
+def programs() -> list[psutil.Process]:
+    """The processes that train, on whatever host."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            command = process.cmdline()
+            if "main.py" in command and "RANK" in process.environ() and "--dead-after" in command:
+                found += [process] if "launch" not in " ".join(command[:4]) else []
+    return found
 
 
 @pytest.mark.skipif("openssh-client" in lacks_ssh(), reason="apt-get install openssh-client")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from training import checkpoint
@@ -112,3 +117,64 @@ def test_a_signal_to_any_rank_saves_and_stops_all(
     again.signal(signal.SIGTERM, (0,))
     again.ended(60)
     assert max(checkpoint.found(folder / "checkpoints")) >= told["step"]
+
+
+def ranks_of(flags: tuple[str, ...]) -> dict[str, psutil.Process]:
+    """The processes that train with these flags, by rank."""
+    found = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            command = process.cmdline()
+            if command[1:4].count("main.py") and flags[3] in command:
+                found[process.environ()["RANK"]] = process
+    return found
+
+
+def launched(command: list[str], flags: tuple[str, ...], log: Path) -> subprocess.Popen[str]:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [*command, *flags], cwd=ROOT, text=True, stdout=file, stderr=subprocess.STDOUT,
+            env=os.environ | {"RESTARTS": "2"},
+        )  # fmt: skip
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[str], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int) -> None:
+    """Which on one host passes signals on to none of them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [
+        str(ROOT / ".venv/bin/deepspeed"), "--hostfile", "hostfile", "--no_ssh_check",
+        "--master_addr", "127.0.0.1", "--master_port", port, "main.py",
+    ]  # fmt: skip
+    launcher = launched(command, flags, log := tmp_path / "log")
+    until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), launcher, log)
+    ranks = ranks_of(flags)
+    assert set(ranks) == {"0", "1"}
+    launcher.send_signal(number)
+    launcher.wait(30)
+    assert not psutil.wait_procs(ranks.values(), timeout=30)[1], "a rank is left"
+    (marker,) = tmp_path.glob("runs/*/preempted")
+    assert "the launcher of rank" in marker.read_text()
+
+
+def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
+    recipe = "recipe/digits-resnet-localsgd-qsr.yml"
+    given = (*flags, "--epochs", "4", "--alpha", "1")
+    command = [str(ROOT / "run-scripts/run.sh"), recipe]
+    script = launched(command, given, log := tmp_path / "log")
+    until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), script, log)
+    ranks_of(flags)["1"].kill()
+    assert script.wait(120) == 0, log.read_text()
+    told = log.read_text()
+    assert told.count("starting it again from its newest checkpoint (1 restarts left)") == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "summary.json").exists()
+    assert max(checkpoint.found(folder / "checkpoints")) == 80
