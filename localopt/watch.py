@@ -355,7 +355,8 @@ class Watch:
     write and one read of ``world_size`` short notes, in other threads.
 
     Args:
-        collective: the ranks; every one must make a watch, in the same order of calls.
+        collective: the ranks, all by default; every one must make a watch, in the same order of
+            calls.
         beat: seconds between signs of life.
         dead_after: seconds without one after which a rank is dead; more than the longest call
             that holds the interpreter.
@@ -379,7 +380,7 @@ class Watch:
 
     def __init__(
         self,
-        collective: Collective,
+        collective: Collective | None = None,
         *,
         beat: float = 1.0,
         dead_after: float = 30.0,
@@ -389,6 +390,7 @@ class Watch:
         signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT),
         watch_parent: Sequence[int] = (),
     ) -> None:
+        collective = collective or Collective()
         self._rank, self._host = collective.rank, socket.gethostname()
         self._beat, self._dead_after, self._stall_after = beat, dead_after, stall_after
         self._on_death, self._advice, self._signals = on_death or self._end, advice, signals

@@ -8,6 +8,7 @@ and checksums in the manifest tell whether it still is.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -190,6 +191,23 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
         raise
+
+
+def lock(run: Path) -> BinaryIO | None:
+    """Take hold of a run's folder for as long as the file that is returned is open.
+
+    Returns:
+        None if another process has hold of it.
+    """
+    file = (run / "lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 # Reading.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 import yaml
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from localopt import LocalOptimizer, control
 from localopt.collective import Collective
 
-from .checkpoint import write_text
+from .checkpoint import lock, write_text
 from .config import ROOT, Config, ConfigError, absolute
 from .engine import Measures, Place
 from .evaluate import Evaluation
@@ -245,8 +245,12 @@ class Recorder:
         self._paused = 0.0
         kept = self._take_up(start) if start.recorder else None
         self._sinks: list[Sink] = []
+        self._lock: BinaryIO | None = None
         self._file: JsonLines | None = None
         if place.rank == 0:
+            self._lock = lock(folder)
+            if self._lock is None:
+                raise ConfigError(f"{folder}: another run is writing there")
             (folder / PREEMPTED).unlink(missing_ok=True)
             self._file = JsonLines(folder / "metrics.jsonl", kept)
             self._sinks.append(self._file)
@@ -420,6 +424,8 @@ class Recorder:
         for sink in self._sinks:
             sink.close(failed=failed)
         self._sinks = []
+        if self._lock is not None:
+            self._lock.close()
 
     def _place_in_round(self) -> dict[str, Any]:
         place: dict[str, Any] = {"h": self.optimizer.h, "round": self.optimizer.round}

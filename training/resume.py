@@ -120,7 +120,8 @@ def newest(config: Config, collective: Collective) -> Path | None:
     what they need is there and undamaged. A line on rank 0 says what was passed over, and why.
     """
     runs = absolute(config.log_pth)
-    proposals = [str(path.relative_to(runs)) for path in _checkpoints(runs, config)]
+    seen = _checkpoints(runs, config) if collective.rank == 0 else []
+    proposals = [str(path.relative_to(runs)) for path in seen]
     proposals = json.loads(control.gather(collective, json.dumps(proposals))[0])
     for proposal in proposals:
         folder = runs / proposal
@@ -145,7 +146,12 @@ def _checkpoints(runs: Path, config: Config) -> list[Path]:
         except (OSError, ValueError, yaml.YAMLError):
             continue
         finished = (run.parent / "summary.json").exists()
-        if not finished and isinstance(theirs, dict) and _compared(theirs) == mine:
+        if finished or not isinstance(theirs, dict) or _compared(theirs) != mine:
+            continue
+        if (held := checkpoint.lock(run.parent)) is None:
+            print(f"resume auto: passing over {run.parent}: it is running", flush=True)
+        else:
+            held.close()
             paths += reversed(checkpoint.found(run.parent / "checkpoints").values())
     return paths
 

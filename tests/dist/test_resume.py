@@ -118,11 +118,13 @@ def test_only_an_unfinished_run_with_these_settings_is_continued(flags) -> None:
     again = start(*given)
     assert first.codes == again.codes == [0, 0] and again.folder != first.folder
     unfinished(first, 12)
-    unfinished(again, 6, 12)
+    unfinished(again, 12)
     other = start(*given, "--seed", "1")
     assert other.codes == [0, 0] and other.folder not in (first.folder, again.folder)
-    last = start(*given, "--log-freq", "2")  # what is recorded may differ
+    with checkpoint.lock(again.folder):  # as if it were running
+        last = start(*given, "--log-freq", "2")  # what is recorded may differ
     assert last.codes == [0, 0] and last.folder == first.folder
+    assert f"{again.folder}: it is running" in last.outputs[0]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (2, 1)])
