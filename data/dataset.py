@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import reprlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,19 +68,68 @@ class Dataset:
             DataError: it is missing or not of this form.
         """
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             files = {name: File(**entry) for name, entry in content.pop("files").items()}
-            return cls(**content, files=files)
+            dataset = cls(**content, files=files)
         except FileNotFoundError:
             raise DataError(f"{path} is missing; {_remedy(path)}") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path} cannot be read ({error}); {_remedy(path)}") from None
+        except (
+            OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError
+        ) as error:  # fmt: skip
+            told = " ".join(str(error).split())
+            raise DataError(f"{path} cannot be read ({told}); {_remedy(path)}") from None
+        if wrong := _wrong(dataset):
+            raise DataError(f"{path}: {wrong}; {_remedy(path)}")
+        return dataset
 
     def dump(self) -> str:
         content = asdict(self)
         if not self.skipped:
             del content["skipped"]
         return json.dumps(content, indent=2) + "\n"
+
+
+def _wrong(dataset: Dataset) -> str | None:
+    """The first entry of a dataset.json that is not of its kind, and what it should be."""
+    expected = [
+        ("name", dataset.name, _is_text, "text"),
+        ("settings", dataset.settings, lambda value: isinstance(value, dict), "an object"),
+        ("classes", dataset.classes, _are_texts, "a list of names"),
+        ("mean", dataset.mean, _are_levels, "three numbers"),
+        (
+            "std", dataset.std,
+            lambda value: _are_levels(value) and min(value) > 0, "three positive numbers",
+        ),
+        ("skipped", dataset.skipped, _are_texts, "a list of names"),
+    ]  # fmt: skip
+    for name, file in dataset.files.items():
+        expected += [
+            (f"images of {name!r}", file.images, _is_count, "a count"),
+            (f"bytes of {name!r}", file.bytes, _is_count, "a count"),
+            (f"sha256 of {name!r}", file.sha256, _is_text, "text"),
+        ]
+    for name, value, fits, what in expected:
+        if not fits(value):
+            return f"{name} is {reprlib.repr(value)}: it must be {what}"
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_levels(value: Any) -> bool:
+    """One finite number for each of the three channels."""
+    numbers = isinstance(value, list) and all(type(level) in (int, float) for level in value)
+    return numbers and len(value) == 3 and all(map(math.isfinite, value))
 
 
 def checked(path: str | Path) -> Dataset:
@@ -92,7 +143,8 @@ def checked(path: str | Path) -> Dataset:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} is missing; {_remedy(path)}")
+        state = "isn't a file" if path.exists() else "is missing"
+        raise DataError(f"{path} {state}; {_remedy(path)}")
     dataset = Dataset.load(path.with_name(DESCRIPTION))
     if path.name not in dataset.files:
         raise DataError(f"{path} isn't described in {DESCRIPTION}; {_remedy(path)}")

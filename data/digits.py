@@ -15,6 +15,7 @@ from data.order import epoch_order
 
 CLASSES = [str(digit) for digit in range(10)]
 HELD_OUT = 0.2  # of every class
+LARGEST = 512  # pixels of a side: all images are in memory at once, as floating-point numbers
 _SPLIT_SEED = 0
 
 
@@ -34,12 +35,12 @@ def digits(split: str = "test", size: int = 32) -> tuple[Part, Part]:
         size: S, the images' side in pixels.
 
     Raises:
-        ValueError: no such split, or size below 1.
+        ValueError: no such split, or a size out of range.
     """
     if split not in ("test", "tune"):
         raise ValueError(f"no split {split!r}: choose test or tune")
-    if size < 1:
-        raise ValueError(f"the image size must be at least 1, got {size}")
+    if not 1 <= size <= LARGEST:
+        raise ValueError(f"the image size must lie in [1, {LARGEST}], got {size}")
     data = load_digits()
     images, labels = data.images, data.target.astype(np.int64)
     train, held_out = stratified(labels, HELD_OUT, seed=_SPLIT_SEED)

@@ -90,6 +90,13 @@ class Source:
     record: Callable[..., dict[str, Any]] = dict
 
 
+def _path(text: str) -> Path:
+    """A folder from a flag, whose name would fit the line of an error."""
+    if not text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder")
+    return Path(text)
+
+
 def _digits_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=32, help="side in pixels (default 32)")
     parser.add_argument(
@@ -104,7 +111,7 @@ def _load_digits(size: int, split: str) -> Content:
 
 def _cifar10_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--folder", type=Path, required=True,
+        "--folder", type=_path, required=True,
         help=f"{cifar10.FOLDER}, or the folder that torchvision put it into",
     )  # fmt: skip
 
@@ -122,7 +129,7 @@ def _imagefolder_flags(parser: argparse.ArgumentParser) -> None:
         "ones are ignored. Each is decoded, and all that are broken are reported at the end."
     )
     add = parser.add_argument
-    add("--folder", type=Path, required=True, metavar="TREE", help="the tree to read")
+    add("--folder", type=_path, required=True, metavar="TREE", help="the tree to read")
     add(
         "--max-size", type=int, default=500, metavar="PIXELS",
         help="an image whose longer side exceeds this is scaled down until it doesn't, keeping its "
@@ -167,7 +174,9 @@ def _storage(
     mode: str, jpeg_share: float | None, max_size: int, quality: int, **_: Any
 ) -> imagefolder.Storage:
     if jpeg_share is not None and mode != "proportion":
-        raise ValueError(f"a share of JPEGs goes with mode proportion, not with {mode}")
+        raise ValueError(
+            f"a share of JPEGs, got {jpeg_share}, goes with mode proportion, not with {mode}"
+        )
     share = 0.5 if jpeg_share is None else jpeg_share
     return imagefolder.Storage(max_size, quality, {"raw": 0.0, "jpg": 1.0}.get(mode, share))
 
@@ -429,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, source in SOURCES.items():
         sub = sources.add_parser(name)
-        sub.add_argument("--out", type=Path, required=True, help="folder to write to")
+        sub.add_argument("--out", type=_path, required=True, help="folder to write to")
         sub.add_argument("--force", action="store_true", help="write even if all is there")
         source.add_flags(sub)
     settings = vars(parser.parse_args(arguments))

@@ -50,18 +50,20 @@ for flag in "$@"; do
     esac
 done
 
-# Where main.py will look for its data set. Asking also finds a wrong flag now, not later once per
-# rank.
+# Where main.py will look for its data set. Asking also finds a wrong flag or hostfile now, not later
+# once per rank.
 ask='
 import os, sys
 from training.config import ConfigError, absolute, load
+from training.plan import slots_of
 try:
-    config = load(sys.argv[1:])
+    slots_of(sys.argv[1])
+    config = load(sys.argv[2:])
     print(absolute(config.data_pth) / config.data)
 except ConfigError as problem:
     print(f"run.sh: {problem}", file=sys.stderr)
     sys.exit(2)'
-data=$("$python" -c "$ask" "${settings[@]}") || exit
+data=$("$python" -c "$ask" "$hostfile" "${settings[@]}") || exit
 [[ $data != */digits || -e $data/dataset.json ]] || "$python" -m data.write digits --out "$data"
 
 launch=(--quiet --hostfile "$hostfile")

@@ -232,7 +232,7 @@ class Config:
 
 _LEAST = {
     "total_batch_size": 1, "physical_batch_size": 1, "max_lr": 0, "min_lr": 0, "wd": 0, "eps": 0,
-    "clip_norm": 0, "gamma": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0, "save_steps": 0, "save_keep": 0,
+    "clip_norm": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0, "save_steps": 0, "save_keep": 0,
     "local_rank": 0, "power": 0, "switch_step": -1,
 }  # fmt: skip
 _DERIVED = {
@@ -240,7 +240,7 @@ _DERIVED = {
     "resume_from_epoch": 0, "resume_from_step": 0,
 }  # fmt: skip
 _RANGE = {
-    "label_smoothing": (0, 1), "momentum": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "val_crop_ratio": (1e-3, 1),
+    "gamma": (0, 1), "label_smoothing": (0, 1), "momentum": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "val_crop_ratio": (1e-3, 1),
     "seed": (0, 2**32 - 1), "init_model_by_seed": (-1, 2**32 - 1), "warmup_epochs": (0, 1e6),
     "epochs": (0, 10**6), "nw": (1, 1024), "resolution": (-1, 65_535),
     "randaugment_depth": (0, 100), "randaugment_severity": (1, 10), "mixup": (0, 1e6), "resize_initial_scale": (0.05, 1),
@@ -334,9 +334,7 @@ def _from_yaml(text: str) -> Any:
         raise ConfigError(f"not valid YAML{line}: {reason[:200]}") from None
 
 
-def _read_recipe(
-    path: Path, above: tuple[Path, ...] = (), what: str = "recipe"
-) -> dict[str, Any]:
+def _read_recipe(path: Path, above: tuple[Path, ...] = (), what: str = "recipe") -> dict[str, Any]:
     """The settings of a recipe, on top of those of its ``base``, a recipe in the same folder."""
     settings = _read(path, what, ("base", *_FIELDS))
     base = settings.pop("base", None)

@@ -175,6 +175,11 @@ def plan(argv: Sequence[str]) -> Plan:
         )
     steps_per_epoch = checks.steps_per_epoch(config, data.images)
     schedule = Schedule.of(config, steps_per_epoch)
+    if schedule.total_steps > _MOST_STEPS:
+        raise ConfigError(
+            f"epochs is {config.epochs}: of {steps_per_epoch} steps each, more than the "
+            f"{_MOST_STEPS} steps in all that a plan goes through"
+        )
     if config.local:
         optimizers.rule(config)  # a wrong setting should be named before a model is built
     config = checks.with_resolution(config, data.resolution)
@@ -263,7 +268,7 @@ def _nodes(options: Options) -> list[int]:
     """The node of each rank, as a launcher that goes host by host numbers them."""
     slots: list[int] = []
     if options.nodes is None or options.gpus is None:
-        slots = _slots(options)
+        slots = slots_of(options.hostfile)
     if options.gpus is None and options.nodes is not None and len(set(slots)) > 1:
         raise ConfigError(
             f"--plan-nodes is {options.nodes}, but the hosts of {options.hostfile} differ in their "
@@ -279,12 +284,12 @@ def _nodes(options: Options) -> list[int]:
     return [node for node, count in enumerate(slots) for _ in range(count)]
 
 
-_MOST = 100_000  # replicas that a plan goes through one by one
+_MOST, _MOST_STEPS = 100_000, 10_000_000  # replicas, and steps: a plan goes through all of them
 
 
-def _slots(options: Options) -> list[int]:
-    """The slots of each host in the host file."""
-    path = absolute(options.hostfile)
+def slots_of(hostfile: str) -> list[int]:
+    """The slots of each host in DeepSpeed's host file; ConfigError where it is none."""
+    path = absolute(hostfile)
     try:
         lines = text_of(path).splitlines()
     except ConfigError as error:
@@ -296,7 +301,7 @@ def _slots(options: Options) -> list[int]:
         if line and found is None:
             raise ConfigError(f"hostfile {path}: {shortened(line)} is not like `node1 slots=8`")
         if found and found[1] in slots:
-            raise ConfigError(f"hostfile {path}: {shortened(line)} is {found[1]} a second time")
+            raise ConfigError(f"hostfile {path}: {shortened(line)} names {found[1]} a second time")
         if found:
             slots[found[1]] = int(found[2])
     if not slots:
@@ -327,9 +332,11 @@ def _described(path: Path, known: Known | None) -> Known:
     """What a data set's files say of it."""
     try:
         dataset = Dataset.load(path)
-        images = dataset.files[TRAIN].images
-    except (DataError, KeyError) as error:
-        raise ConfigError(f"data: {path}: {error}") from None
+    except DataError as error:
+        raise ConfigError(f"data: {error}") from None
+    if TRAIN not in dataset.files:
+        raise ConfigError(f"data: {path} does not describe {TRAIN}")
+    images = dataset.files[TRAIN].images
     size = dataset.settings.get("size")
     resolution = size if isinstance(size, int) else known and known.resolution
     return Known(images, len(dataset.classes), resolution)

@@ -232,7 +232,8 @@ def test_the_data_set_is_measured_or_known_or_given(tmp_path: Path) -> None:
     (tmp_path / "flowers").mkdir()
     description = tmp_path / "flowers" / "dataset.json"
     description.write_text(
-        '{"name": "flowers", "settings": {}, "classes": ["a", "b"], "mean": [], "std": [], '
+        '{"name": "flowers", "settings": {}, "classes": ["a", "b"], "mean": [0, 0, 0], '
+        '"std": [1, 1, 1], '
         '"files": {"train.beton": {"images": 99, "bytes": 1, "sha256": ""}}}'
     )
     made = planned(flowers)
