@@ -23,14 +23,6 @@ from .program import ROOT, Running
 FAULTY = ROOT / "tests/dist/faulty.py"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    command = [str(ROOT / ".venv/bin/python"), "-m", "data.write", "digits", "--out"]
-    subprocess.run([*command, str(folder / "digits")], check=True, cwd=ROOT, capture_output=True)
-    return str(folder)
-
-
 @pytest.fixture
 def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
     return (

@@ -25,15 +25,6 @@ RECIPES = sorted((ROOT / "recipe").glob("digits-*.yml"))
 SHORT = ("--epochs", "2", "--steps-per-epoch", "6", "--warmup-epochs", "0", "--log-freq", "1")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of data sets with the digits in it, written by the command the README names."""
-    folder = tmp_path_factory.mktemp("data")
-    command = [str(ROOT / ".venv/bin/python"), "-m", "data.write", "digits", "--out"]
-    subprocess.run([*command, str(folder / "digits")], check=True, cwd=ROOT, capture_output=True)
-    return str(folder)
-
-
 @pytest.fixture
 def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
     return ("--data-pth", data, "--log-pth", str(tmp_path / "runs"), *SHORT)

@@ -17,20 +17,12 @@ from training import checkpoint
 from training.checkpoint import MANIFEST
 
 from .kills import RECIPES, Runs
-from .program import ROOT, Outcome, start
+from .program import Outcome, start
 
 SHORT = (
     "--epochs", "2", "--steps-per-epoch", "6", "--warmup-epochs", "0", "--log-freq", "4",
     "--device", "cpu", "--period", "constant", "--h-base", "3",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    command = [str(ROOT / ".venv/bin/python"), "-m", "data.write", "digits", "--out"]
-    subprocess.run([*command, str(folder / "digits")], check=True, cwd=ROOT, capture_output=True)
-    return str(folder)
 
 
 @pytest.fixture
