@@ -82,7 +82,10 @@ def restore(config: Config, state: State, collective: Collective, steps_per_epoc
     """
     if config.resume == "auto" and (folder := newest(config, collective)):
         start = _restored(folder, "resume auto", config, state, collective)
-        return Start(start.step, start.recorder, folder.parent.parent)
+        run = folder.parent.parent
+        if collective.rank == 0:
+            print(f"resume auto: continuing {run} after step {start.step}", flush=True)
+        return Start(start.step, start.recorder, run)
     if not config.resume_pth:
         return Start()
     path, wanted = absolute(config.resume_pth), _wanted_step(config, steps_per_epoch)

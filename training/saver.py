@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol, runtime_checkable
@@ -92,6 +93,7 @@ class Saver:
         self._problem: str | None = None
         self._bug: BaseException | None = None
         self._saves = 0
+        self._copy: dict[str, Any] = {}
         self.saved_at = saved_at
 
     def save(self, step: int, state: State, recorder: Stateful, score: dict[str, float]) -> None:
@@ -133,7 +135,8 @@ class Saver:
         if self._config.save_opt:
             saved["optimizer"] = state.optimizer.state_dict()
         saved |= {key: part.state_dict() for key, part in state.beside.items()}
-        return _copied(saved)
+        self._copy = copied(saved, self._copy)
+        return self._copy
 
     def wait(self) -> None:
         """Wait until this rank's part of the save before is done."""
@@ -207,13 +210,29 @@ class Saver:
         return None
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any, spare: Any = None) -> Any:
     """``value`` with every tensor copied to the host: training changes it, and a view would drag
-    its whole flat buffer into the file."""
+    its whole flat buffer into the file.
+
+    Args:
+        value: a tree of dictionaries, lists and tensors.
+        spare: what this has returned before and nobody needs any more. Its memory is used again:
+            to be given new memory takes longer than to copy.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        value = value.detach()
+        fits = isinstance(spare, Tensor) and (spare.shape, spare.dtype, spare.stride()) == (
+            value.shape, value.dtype, value.stride(),
+        )  # fmt: skip
+        if not fits:
+            spare = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return spare.copy_(value)
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        old = spare if isinstance(spare, dict) else {}
+        return {key: copied(item, old.get(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_copied(item) for item in value)
+        old = spare if isinstance(spare, (list, tuple)) else ()
+        return type(value)(
+            copied(item, was) for item, was in zip_longest(value, old[: len(value)])
+        )
     return value

@@ -170,3 +170,30 @@ def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "summary.json").exists()
     assert max(checkpoint.found(folder / "checkpoints")) == 80
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ('record.code_digest = lambda: "another"', "rank 1 has [version of this code: another]"),
+        (
+            'found = record.versions(); record.versions = lambda: found | {"torch": "1.0"}',
+            "rank 1 has [version of torch: 1.0]",
+        ),
+    ],
+    ids=["code", "torch"],
+)
+def test_a_rank_with_other_software_is_named(
+    flags, tmp_path: Path, change: str, told: str
+) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import os, sys\nimport main\nfrom training import config, record\n"
+        f"if os.environ['RANK'] == '1':\n    {change}\n"
+        "sys.exit(main.main(config.load(sys.argv[1:])))\n"
+    )
+    outcome = Running(*flags, script=other).ended(60, afterwards=20)
+    assert outcome.codes == [2, 2], outcome.errors
+    for rank in (0, 1):
+        (line,) = outcome.complaints(rank)
+        assert told in line and "where rank 0 has" in line

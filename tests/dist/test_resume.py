@@ -133,6 +133,7 @@ def test_a_run_goes_on_with_other_replicas(flags, before: int, after: int) -> No
     again = start(*given, "--resume", "auto", world_size=after)
     assert again.codes == [0] * after, again.errors
     assert f"saved by {before} replicas at step 4, this run has {after}" in again.outputs[0]
+    assert f"continuing {whole.folder} after step 4" in again.outputs[0]
     manifest = json.loads((checkpoints(again)[12] / MANIFEST).read_text())
     assert manifest["world_size"] == len(manifest["files"]) == after
     for name, value in weights(checkpoints(again)[12], after - 1).items():

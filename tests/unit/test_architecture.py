@@ -186,6 +186,7 @@ optimizer.finish()
 """
 
 
+@pytest.mark.slow
 def test_import_hygiene() -> None:
     """Importing and using the library asks for no third-party module beyond torch."""
     command = [sys.executable, "-c", BLOCKER]

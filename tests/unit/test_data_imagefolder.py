@@ -25,6 +25,8 @@ from data.ffcv_parts import JPEG, RAW, Reader, RGBImageField, ctypes_imdecode
 from data.loaders import TrainData, ValData
 from tests.photographs import jpegs, make_tree
 
+pytestmark = pytest.mark.slow  # its workers are processes
+
 CLASSES = ["n01440764", "n01443843", "n01446922"]
 
 

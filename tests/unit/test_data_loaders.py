@@ -489,6 +489,7 @@ def test_an_error_in_the_decoding_thread_reaches_the_reader(raw, monkeypatch):
         list(data.epoch(0))
 
 
+@pytest.mark.slow
 def test_torch_keeps_its_threads_and_the_process_ends_quietly(raw):
     program = f"""
 import torch

@@ -150,6 +150,7 @@ def test_shards_are_more_skewed_at_smaller_concentrations():
     assert found[0] > 0.6 and found[-1] < 0.05
 
 
+@pytest.mark.slow
 def test_no_rank_is_left_with_what_the_others_did_not_draw():
     totals = np.full(10, 500)
     counts = np.stack([label_counts(totals, 8, 6.0, seed) for seed in range(200)])

@@ -174,6 +174,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["file"]
 
 
+@pytest.mark.slow
 def test_the_command_ends_quietly(tmp_path):
     command = [sys.executable, "-m", "data.write", "digits", "--out", str(tmp_path), "--size", "8"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -134,6 +134,7 @@ def outputs(model: nn.Module, side: int) -> torch.Tensor:
         return model.eval()(images)
 
 
+@pytest.mark.slow
 def test_torchvision_loads_a_resnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = {"model": "resnet18", "resolution": 64, "channels_last": True}
     folder = checkpoint_of(tmp_path, **given)
@@ -211,6 +212,7 @@ def test_the_moving_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "no moving average" in refused(capsys, out, checkpoint_of(tmp_path / "no"), "--ema")
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint_of(tmp_path, model="resnet18", resolution=32, blurpool=True)
     line = exported(capsys, folder, "--out", tmp_path / "weights.pt")

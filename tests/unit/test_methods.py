@@ -41,6 +41,7 @@ def mixed(replicas: int, physical: int, step: int = 3) -> tuple[torch.Tensor, to
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
+@pytest.mark.slow
 def test_importing_the_methods_leaves_signals_alone() -> None:
     """composer takes over those that end a process."""
     script = "import signal, training.methods; signal.raise_signal(signal.SIGTERM)"

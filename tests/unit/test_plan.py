@@ -315,6 +315,7 @@ def main(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_main_refuses_in_one_line() -> None:
     done = main("--plan", "--plan-nodes", "0")
     assert done.returncode == 2
@@ -333,6 +334,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 def test_main_prints_what_the_page_says() -> None:
     """The whole way, without DeepSpeed; the other commands are planned in this process."""
     flags, expected = next((c, o) for c, o in COMMANDS if "--plan-step-seconds" in c)
