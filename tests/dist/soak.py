@@ -57,15 +57,17 @@ def holdings() -> Holdings:
         sum(type(thing) is torch.Tensor for thing in gc.get_objects()),
     )
 
+# Of the rules that have no defaults for them.
+SETTINGS = {"hierarchical": {"group_size": 2, "global_every": 3}, "slowmo": {"beta": 0.5}}
+
 
 def soak(rank: int, world_size: int, rule: str, rounds: int) -> tuple[Holdings, Holdings]:
     """What a rank holds after a tenth of ``rounds``, and after all."""
     torch.manual_seed(rank)
     model = nn.Linear(8, 8)
-    settings = {"group_size": 2} if rule == "hierarchical" else {}
     optimizer = LocalSGD(
         model.parameters(), lr=1e-3, momentum=0.9, period=Constant(2),
-        sync=RULES[rule](**settings), model=model, track_drift=True,
+        sync=RULES[rule](**SETTINGS.get(rule, {})), model=model, track_drift=True,
     )  # fmt: skip
     first = None
     with Watch(Collective(), beat=0.2, signals=()) as watch:
