@@ -70,7 +70,8 @@ def soak(rank: int, world_size: int, rule: str, rounds: int) -> tuple[Holdings, 
         sync=RULES[rule](**SETTINGS.get(rule, {})), model=model, track_drift=True,
     )  # fmt: skip
     first = None
-    holdings()  # counting takes memory too
+    for _ in range(2):
+        holdings()  # counting takes memory too: malloc maps it first, then keeps it
     with Watch(Collective(), beat=0.2, signals=()) as watch:
         for step in range(2 * rounds):
             assert watch.begin(step)
