@@ -116,8 +116,20 @@ def capped_link(megabits: float) -> Iterator[list[Host]]:
         yield hosts
 
 
+@dataclass(frozen=True)
+class Here:
+    """This machine, as a host of ranks that meet over loopback."""
+
+    interface = "lo"
+    address = "127.0.0.1"
+
+    def start(self, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
+        """Start a command."""
+        return subprocess.Popen(command, text=True, **options)  # type: ignore[call-overload]
+
+
 def run_on(
-    hosts: Sequence[Host], module: str, *arguments: str, timeout: float, port: int = 29_400
+    hosts: Sequence[Host | Here], module: str, *arguments: str, timeout: float, port: int = 29_400
 ) -> str:
     """Run ``python -m module`` as one gloo rank per host; return what rank 0 printed.
 
@@ -131,6 +143,7 @@ def run_on(
             "MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # no name leads back to a host's own address
+            "RUST_LOG": "error",  # torchft tells of every quorum
         }  # fmt: skip
         processes.append(
             host.start(
@@ -149,6 +162,16 @@ def run_on(
     if any(codes):
         raise SystemExit(f"{module}: ranks ended with {codes}")
     return told
+
+
+def wire_bytes(interface: str | None = None) -> int:
+    """Bytes that have left through an interface, by the kernel's count; by default gloo's."""
+    wanted = interface or os.environ["GLOO_SOCKET_IFNAME"]
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == wanted:
+            return int(counts.split()[8])
+    raise SystemExit(f"there is no interface {wanted}")
 
 
 def _run(line: Sequence[str]) -> None:

@@ -31,9 +31,18 @@ RULES: dict[str, tuple[str, list[str]]] = {
     "data-parallel SGD": ("sgd", []),
     "Average": ("localsgd-qsr", ["--period", "constant", "--h-base", "4"]),
     "Average, QSR": ("localsgd-qsr", []),
+    "Average, bf16": (
+        "localsgd-qsr",
+        ["--period", "constant", "--h-base", "4", "--sync-settings", "compress=bf16"],
+    ),
+    "Average, int8": (
+        "localsgd-qsr",
+        ["--period", "constant", "--h-base", "4", "--sync-settings", "compress=int8"],
+    ),
     "HierarchicalAverage": ("hierarchical", []),
     "BMUF": ("bmuf", ["--sync-settings", "nesterov=false"]),
     "BMUF, Nesterov": ("bmuf", []),
+    "BMUF, Nesterov, int8": ("bmuf", ["--sync-settings", "compress=int8"]),
     "SlowMo": ("slowmo", []),
     "DiLoCo": ("diloco", []),
     "EASGD": ("easgd", []),

@@ -197,6 +197,28 @@ class Collective:
         payload = sum(tensor.nbytes for tensor in tensors)
         return (self.world_size - 1) * payload // self.world_size
 
+    def exchange_shards(self, shards: Tensor) -> tuple[Tensor, int]:
+        """Send row j of ``shards`` (m, n) to rank j; return the rows got, and the bytes sent."""
+        if self.world_size == 1:
+            return shards, 0
+        # gloo exchanges what is in the host's memory only.
+        held = shards.cpu() if dist.get_backend(self.group) == "gloo" else shards
+        got = torch.empty_like(held)
+        with waiting:
+            dist.all_to_all_single(got, held, group=self.group)
+        return got.to(shards.device), shards.nbytes * (self.world_size - 1) // self.world_size
+
+    def gather_shards_(self, shards: Tensor) -> int:
+        """Replace row j of ``shards`` (m, n) by rank j's row j, in place; return the bytes sent."""
+        if self.world_size == 1:
+            return 0
+        # Its name since torch 2.13, and before.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        mine = shards[self.rank].clone()
+        with waiting:
+            gather(shards.view(-1), mine, group=self.group)
+        return shards.nbytes * (self.world_size - 1) // self.world_size
+
 
 class Across:
     """A sum over groups whose members hold the same: each sums one shard with its peers.

@@ -59,12 +59,16 @@ class FlatBuffer:
         slots: the ranks' headers, (world_size, SLOT), in the first buffer; else (0, SLOT).
         params: the parameters alone, alignment gaps (zeros) included.
         averaged: what a mean divides: parameters, and what is averaged beside them.
+        beside: what travels beside the parameters, the rest of the memory.
+        beside_averaged: of that, what is averaged.
     """
 
     data: Tensor
     slots: Tensor
     params: Tensor
     averaged: Tensor
+    beside: Tensor
+    beside_averaged: Tensor
 
 
 class Memory:
@@ -111,6 +115,8 @@ class Memory:
             slots=data[: slots * SLOT].view(slots, SLOT),
             params=data[first:last],
             averaged=data[first:end_averaged],
+            beside=data[last : starts[-1]],
+            beside_averaged=data[last:end_averaged],
         )
         for entry, start in zip((*params, *averaged, *from_rank0), starts[1:], strict=False):
             self.views[entry.name] = data.as_strided(entry.shape, entry.stride, start)

@@ -50,6 +50,8 @@ class Replica:
         flat: the parameters' memory.
         collective: rank, world size, and the collectives.
         levels: the sums that one after another make the sum over all replicas.
+        headers_apart: whether each collective is begun by an exchange of headers alone, so that
+            ranks meet whatever the sizes of what follows.
         inner: the optimizer that makes the local steps.
         step: local steps finished.
         h: local steps in the current round, or in the last one when it has ended.
@@ -72,6 +74,7 @@ class Replica:
         self.flat, self.collective, self.buffers, self.inner = flat, collective, buffers, inner
         self.check_finite, self.track_drift = check_finite, track_drift
         self.levels: Sequence[Collective | Across] = [collective]
+        self.headers_apart = False
         self.step = self.h = self.remaining = self.round = 0
         self.traffic = Traffic()
         self.report: SyncReport | None = None
@@ -198,6 +201,8 @@ class Replica:
             ReplicaMismatchError: if the ranks are not at the same call.
             NonFiniteError: if a replica brought NaN or infinity.
         """
+        if self.headers_apart:
+            self.exchange(kind, [self.collective])
         flat, sums = self.flat, self.levels[:levels]
         ranks = sums[-1].ranks
         flat.check_pointers()
@@ -299,9 +304,18 @@ class Replica:
 
     @torch.no_grad()
     def exchange(
-        self, kind: Kind, levels: Sequence[Collective], *, ends_round: bool = False
+        self,
+        kind: Kind,
+        levels: Sequence[Collective],
+        *,
+        ends_round: bool = False,
+        settings: object = (),
     ) -> list[dict[int, Header]]:
         """Exchange headers alone, level by level; return each level's, by rank. Collective.
+
+        Args:
+            kind, ends_round, settings: as for `mean_`.
+            levels: whom with, one after another.
 
         Raises:
             ReplicaMismatchError: if the ranks are not at the same call.
@@ -314,7 +328,7 @@ class Replica:
         slots = torch.zeros(m, headers_.SLOT, dtype=torch.uint8, device=self.device)
         sent, seen = 0, []
         for level in levels:
-            self._write_header(slots, kind, started, torch.tensor(not names))
+            self._write_header(slots, kind, started, torch.tensor(not names), settings)
             sent += level.sum_([slots])
             seen.append(headers_.read(slots, level.ranks))
             headers_.check_in_step(seen[-1])
@@ -341,15 +355,17 @@ class Replica:
     @torch.no_grad()
     def fetch_(self, into: Sequence[Tensor], level: Collective, rank: int) -> None:
         """Replace ``into``, one tensor (n,) per buffer, by the parameters of ``rank``. Collective.
-
-        Counted as a part of the synchronisation that `exchange` has begun.
         """
         started = clock(self.device)
         if self.collective.rank == rank:
             for mine, x in zip(into, self.flat.params, strict=True):
                 mine.copy_(x)
-        self.traffic.bytes += level.broadcast_(into, list(level.ranks).index(rank))
+        self.count_part(level.broadcast_(into, list(level.ranks).index(rank)), started)
+
+    def count_part(self, sent: int, started: float) -> None:
+        """Count bytes and seconds as a part of the synchronisation that `exchange` has begun."""
         self._resumed = clock(self.device)
+        self.traffic.bytes += sent
         self.traffic.exposed += self._resumed - started
 
     def _copy(self, shares: int) -> Memory:

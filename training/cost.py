@@ -29,6 +29,7 @@ from localopt import (
     Rule,
 )
 from localopt.buffers import Buffers
+from localopt.compression import codec
 
 from . import optimizers
 from .config import Config, ConfigError
@@ -168,6 +169,12 @@ def _messages(
             shard = payload / rule.group_size
             across = _all_reduce(peers, shard, nodes) + _broadcast(inside, payload, nodes)
         return _all_reduce(inside, payload, nodes), across, rule.global_every
+    compress = codec(getattr(rule, "compress", None))
+    if compress is not None:
+        parameters = sum(p.numel() for p in model.parameters())
+        blocks = -(-parameters // compress.block)
+        beside = _all_reduce(everyone, payload - PARAMETER * parameters, nodes)
+        return _in_shards(compress.size(blocks * compress.block), nodes) + beside, Message(), 1
     return _all_reduce(everyone, payload, nodes), Message(), 1
 
 
@@ -196,6 +203,14 @@ def _all_reduce(groups: Groups, payload: float, nodes: Sequence[int]) -> Message
     m = len(groups[0])
     sent = 2 * (m - 1) / m * payload
     return Message(sent, sent * _crossing(groups, nodes))
+
+
+def _in_shards(payload: float, nodes: Sequence[int]) -> Message:
+    """A shard to each rank from all others, and from it to them: no ring, which would add up what
+    it passes on, but as much from each rank. Replicas of a node all send to those of others."""
+    m = len(nodes)
+    pairs = max(n * (m - n) for n in Counter(nodes).values())
+    return Message(2 * (m - 1) / m * payload, 2 * pairs / m * payload)
 
 
 def _broadcast(groups: Groups, payload: float, nodes: Sequence[int]) -> Message:

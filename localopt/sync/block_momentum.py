@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from ..compression import ChangeMean, Codec, codec
 from .rule import Rule
 
 
@@ -38,6 +39,8 @@ class BlockMomentum(Rule):
             ``functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)``.
         normalize_by_lr: divide Δ by γ and multiply the outer rate by it.
         heuristic_momentum: set the outer momentum to 1 - 1/m, for m replicas.
+        compress: None, "bf16" or "int8": send Δ in half or a quarter of the bytes, with error
+            feedback, as `Average` does; or a codec of `localopt.compression`.
 
     Attributes:
         outer_optimizer: what ``outer`` has made, once a `LocalOptimizer` has this rule; its
@@ -55,8 +58,10 @@ class BlockMomentum(Rule):
     outer: Callable[[list[nn.Parameter]], Optimizer]
     normalize_by_lr: bool = False
     heuristic_momentum: bool = False
+    compress: str | Codec | None = None
 
     def __post_init__(self) -> None:
+        self._codec = codec(self.compress)
         p = nn.Parameter(torch.zeros(2, 2))
         p.grad = torch.zeros_like(p)
         trial = self.outer([p])
@@ -84,12 +89,15 @@ class BlockMomentum(Rule):
     def __repr__(self) -> str:
         return (
             f"BlockMomentum({self._described}, normalize_by_lr={self.normalize_by_lr}, "
-            f"heuristic_momentum={self.heuristic_momentum})"
+            f"heuristic_momentum={self.heuristic_momentum}, compress={self.compress!r})"
         )
 
     def attach(self, replica: Any) -> None:
         super().attach(replica)
         self.z = self.anchor("z")
+        self._changes = None
+        if self._codec is not None:
+            self._changes = ChangeMean(replica, self._codec, self.z, self.momentum("lost"))
         self._params = {name: nn.Parameter(view) for name, view in self.z.views.items()}
         self.outer_optimizer = self.outer(list(self._params.values()))
         self._outer_type = type(self.outer_optimizer).__name__
@@ -103,13 +111,17 @@ class BlockMomentum(Rule):
     @torch.no_grad()
     def end_round(self) -> None:
         flat, gamma = self.replica.flat, self.replica.lr
-        for z, x in zip(self.z.data, flat.params, strict=True):
-            # Δ is averaged rather than x: what no replica has changed is then exactly 0, and an
-            # adaptive outer optimizer leaves it alone.
-            torch.sub(z.to(x.dtype), x, out=x)
         groups = self.outer_optimizer.param_groups
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.replica.mean_(settings=(gamma if self.normalize_by_lr else None, settings))
+        told = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        settings = gamma if self.normalize_by_lr else None, told
+        if self._changes is not None:
+            self._changes.mean_(settings)
+        else:
+            for z, x in zip(self.z.data, flat.params, strict=True):
+                # Δ is averaged rather than x: what no replica has changed is then exactly 0, and
+                # an adaptive outer optimizer leaves it alone.
+                torch.sub(z.to(x.dtype), x, out=x)
+            self.replica.mean_(settings=settings)
         self._check_rate(gamma)
         self._outer_step(gamma)
         for z, x in zip(self.z.data, flat.params, strict=True):
@@ -184,7 +196,12 @@ class BlockMomentum(Rule):
         self._set_momentum()  # this number of replicas decides, not the saved one
 
 
-def BMUF(momentum: float | None = None, lr: float = 1.0, nesterov: bool = False) -> BlockMomentum:
+def BMUF(
+    momentum: float | None = None,
+    lr: float = 1.0,
+    nesterov: bool = False,
+    compress: str | None = None,
+) -> BlockMomentum:
     """Blockwise model-update filtering: `BlockMomentum` with SGD.
 
     v ← η v + ζ (x̄ - z);  z ← z + v, or with Nesterov momentum z ← z + ζ (x̄ - z) + η v
@@ -193,15 +210,16 @@ def BMUF(momentum: float | None = None, lr: float = 1.0, nesterov: bool = False)
         momentum: η, in [0, 1); None for 1 - 1/m.
         lr: ζ.
         nesterov: the textbook's Nesterov form.
+        compress: as for `BlockMomentum`.
 
     Source: Chen & Huo, ICASSP 2016.
     """
     initial = 0.5 if momentum is None else momentum
     outer = partial(SGD, lr=lr, momentum=initial, nesterov=nesterov and initial > 0)
-    return BlockMomentum(outer, heuristic_momentum=momentum is None)
+    return BlockMomentum(outer, heuristic_momentum=momentum is None, compress=compress)
 
 
-def SlowMo(beta: float, lr: float = 1.0) -> BlockMomentum:
+def SlowMo(beta: float, lr: float = 1.0, compress: str | None = None) -> BlockMomentum:
     """Slow momentum: `BlockMomentum` with SGD, normalised by the learning rate γ.
 
     v ← β v + (z - x̄)/γ;  z ← z - ζ γ v
@@ -209,22 +227,28 @@ def SlowMo(beta: float, lr: float = 1.0) -> BlockMomentum:
     Args:
         beta: β, in [0, 1).
         lr: ζ, the slow learning rate.
+        compress: as for `BlockMomentum`.
 
     Source: Wang et al., ICLR 2020, arXiv 1910.00643.
     """
-    return BlockMomentum(partial(SGD, lr=lr, momentum=beta), normalize_by_lr=True)
+    outer = partial(SGD, lr=lr, momentum=beta)
+    return BlockMomentum(outer, normalize_by_lr=True, compress=compress)
 
 
-def DiLoCo(lr: float = 0.7, momentum: float = 0.9) -> BlockMomentum:
+def DiLoCo(
+    lr: float = 0.7, momentum: float = 0.9, compress: str | None = None
+) -> BlockMomentum:
     """DiLoCo: `BlockMomentum` with SGD and Nesterov momentum; made for AdamW inside.
 
     Args:
         lr: outer learning rate.
         momentum: outer momentum, in [0, 1).
+        compress: as for `BlockMomentum`.
 
     Source: Douillard et al., arXiv 2311.08105.
     """
-    return BlockMomentum(partial(SGD, lr=lr, momentum=momentum, nesterov=momentum > 0))
+    outer = partial(SGD, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    return BlockMomentum(outer, compress=compress)
 
 
 def _refuse_divergent(outer: Optimizer, group: dict[str, Any], heuristic: bool) -> None:

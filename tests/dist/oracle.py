@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 import localopt
+from localopt.compression import Bfloat16, Int8
 
 Array = NDArray[np.float64]
 Settings = dict[str, Any]
@@ -221,17 +222,100 @@ class Average(RuleOracle):
         return x.mean(axis=0)
 
 
+def to_bfloat16(x: Array) -> Array:
+    """Rounded to the nearest with 8 significant bits, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
+    return bits.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def to_int8(x: Array, block: int) -> Array:
+    """A multiple of max |x| / 127 over each block, which is a 32-bit float."""
+    told = np.zeros_like(x)
+    for first in range(0, len(x), block):
+        part = x[first : first + block]
+        scale = float(np.float32(np.abs(part).max() / 127))
+        if scale > 0:
+            told[first : first + block] = np.clip(np.rint(part / scale), -127, 127) * scale
+    return told
+
+
+class Wire:
+    """What arrives of the replicas' changes d_i + e_i: each rank averages one shard.
+
+    e_i is what rank i has not yet told: of its own change, and, in the shard that it averages, of
+    the sum. ``compress`` has a block, and is named for what it sends.
+    """
+
+    PARTS = (7, 1, 15, 33)  # sizes of the parameters, each of which begins at a multiple of 8
+
+    def __init__(self, compress: Any, m: int) -> None:
+        self.block = compress.block
+        self.tell = {
+            "Bfloat16": to_bfloat16,
+            "Int8": functools.partial(to_int8, block=self.block),
+        }[type(compress).__name__]
+        ends = np.cumsum([-(-size // 8) * 8 for size in self.PARTS])
+        starts = [0, *ends[:-1]]
+        self.places = np.concatenate(
+            [np.arange(a, a + n) for a, n in zip(starts, self.PARTS, strict=True)]
+        )
+        self.n = int(ends[-1])
+        self.left = np.zeros((m, self.n))
+
+    def mean(self, d: Array) -> Array:
+        m = len(d)
+        whole = np.zeros((m, self.n))
+        whole[:, self.places] = d
+        whole += self.left
+        size = math.ceil(math.ceil(self.n / self.block) / m) * self.block
+        result = np.zeros(self.n)
+        for owner in range(m):
+            shard = slice(owner * size, (owner + 1) * size)
+            if m == 1:
+                return d[0]
+            total = whole[owner, shard].copy()
+            for rank in range(m):
+                if rank != owner:
+                    told = self.tell(whole[rank, shard])
+                    total += told
+                    self.left[rank, shard] = whole[rank, shard] - told
+            result[shard] = self.tell(total / m)
+            self.left[owner, shard] = total - m * result[shard]
+        return result[self.places]
+
+
+class CompressedAverage(Average):
+    """z ← z - what arrives of z - x_i;  x_i ← z."""
+
+    def start(self, x0: Array) -> None:
+        self.z, self.wire = x0, Wire(self.settings["compress"], self.m)
+
+    def end_round(self, x: Array, this: Round) -> Array:
+        self.z = self.z - self.wire.mean(self.z - x)
+        return everywhere(self.z, self.m)
+
+    def finish(self, x: Array) -> Array:
+        self.z = super().finish(x)
+        return self.z
+
+
 class BlockMomentum(RuleOracle):
     """z ← what `update` makes of z and x̄; x_i ← z. The forms differ in `update` alone."""
 
     def start(self, x0: Array) -> None:
         self.z, self.v = x0, np.zeros_like(x0)
+        compress = self.settings.get("compress")
+        self.wire = None if compress is None else Wire(compress, self.m)
 
     def update(self, mean: Array, this: Round) -> None:
         raise NotImplementedError
 
     def end_round(self, x: Array, this: Round) -> Array:
-        self.update(x.mean(axis=0), this)
+        mean = x.mean(axis=0)
+        if self.wire is not None:
+            mean = self.z - self.wire.mean(self.z - x)
+        self.update(mean, this)
         return everywhere(self.z, self.m)
 
     def finish(self, x: Array) -> Array:
@@ -467,6 +551,7 @@ class Case:
     constructor: str | Callable[..., Any] | None = None
     launches: Launches | Callable[[int], Launches] = Launches()
     delay: int = 0
+    coarse: float = 0.0
 
     def settings_for(self, m: int) -> Settings:
         return self.settings(m) if callable(self.settings) else self.settings
@@ -502,6 +587,9 @@ def halves(m: int) -> int:
 # The losses are exchanged first; whether replicas happen to agree is not looked at.
 ONE_LEADER = Launches(((1, 1),), consensus=(1, 1), agreeing=(1, 1), finish=(1, 1))
 
+# The headers, then the shards to those that average them, and their means to all.
+IN_SHARDS = Launches(((1, 2),), consensus=(1, 1), finish=(1, 1))
+
 
 def two_levels_of_leaders(group_size: Callable[[int], int], every: int) -> Any:
     """In the group, and then among all; nothing travels in a group of one."""
@@ -536,6 +624,8 @@ CASES: dict[str, list[Case]] = {
         Case(Average, {"state_fields": ("exp_avg", "exp_avg_sq")}, ["AdamW"]),
         Case(Average, {"state_fields": ("momentum_buffer",)}, ["SGD"]),
         Case(Average, {"reset_fields": ("momentum_buffer",)}, ["SGD"]),
+        Case(CompressedAverage, {"compress": Bfloat16(16)}, launches=IN_SHARDS, coarse=1e-2),
+        Case(CompressedAverage, {"compress": Int8(16)}, launches=IN_SHARDS, coarse=5e-2),
     ],
     "BlockMomentum": [
         Case(Bmuf, {}, constructor="BMUF"),
@@ -543,6 +633,15 @@ CASES: dict[str, list[Case]] = {
         Case(Bmuf, {"momentum": 0.4, "nesterov": True}, ["AdamW"], "BMUF"),
         Case(SlowMo, {"beta": 0.5, "lr": 0.9}, constructor="SlowMo"),
         Case(DiLoCo, {}, constructor="DiLoCo"),
+        Case(DiLoCo, {"compress": Int8(16)}, ["AdamW"], "DiLoCo", IN_SHARDS, coarse=5e-2),
+        Case(
+            SlowMo,
+            {"beta": 0.5, "compress": Bfloat16(16)},
+            ["SGD"],
+            "SlowMo",
+            IN_SHARDS,
+            coarse=1e-2,
+        ),
         Case(
             OuterAdam, {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3}, ["AdamW"], outer_adam
         ),

@@ -277,6 +277,38 @@ def test_hooks() -> None:
     assert calls[-2:] == [7, "loaded"]
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("way", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_every_way_of_stepping_works_on_flat_storage(kind: Any, way: dict[str, bool]) -> None:
+    """Bit for bit, in mid-round and over boundaries."""
+    model, twin = network(), network()
+    optimizer = LocalOptimizer(kind(model.parameters(), lr=0.1, **way), Constant(3))
+    train_both(model, optimizer, twin, kind(twin.parameters(), lr=0.1, **way))
+    assert torch.equal(vector(model), vector(twin))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_works_on_flat_storage() -> None:
+    """As on the parameters' own."""
+    model, twin = network(), network()
+    optimizer = LocalOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), Constant(3))
+    bare = torch.optim.AdamW(twin.parameters(), lr=0.1)
+    for opt in (optimizer.inner, bare):
+        opt.step = torch.compile(opt.step)
+    train_both(model, optimizer, twin, bare)
+    assert torch.equal(vector(model), vector(twin))
+    optimizer._replica.flat.check_pointers()
+
+
+def train_both(model: nn.Module, optimizer: Any, twin: nn.Module, bare: Any) -> None:
+    for step in range(7):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        for net, opt in ((model, optimizer), (twin, bare)):
+            opt.zero_grad()
+            net(x).square().sum().backward()
+            opt.step()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_grad_scaler_unscales(fused: bool, unscaled: bool) -> None:
