@@ -140,6 +140,7 @@ def run_on(
     for rank, host in enumerate(hosts):
         place = {
             "RANK": str(rank), "WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": str(len(hosts)),  # they share this machine's cores
             "MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # no name leads back to a host's own address

@@ -14,6 +14,7 @@ held beyond what it held before. Peers are left out where they are not installed
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,7 +37,19 @@ from localopt import Average, Constant, LocalSGD
 from training import models
 
 BARE, AGAIN = "bare all_reduce of one tensor", "the same again"
-Way = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Way:
+    """What makes a synchronisation, and the tensors that it synchronises."""
+
+    run: Callable[[], object]
+    tensors: Sequence[torch.Tensor]
+
+    def touch(self) -> None:
+        """Write to the tensors, as the optimizer's step before a synchronisation does."""
+        for tensor in self.tensors:
+            tensor.detach().fill_(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,7 +80,7 @@ def worker(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     model = network(options.model)
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    ways: dict[str, Way] = dict.fromkeys((BARE, AGAIN), lambda: dist.all_reduce(flat))
+    ways = dict.fromkeys((BARE, AGAIN), Way(lambda: dist.all_reduce(flat), [flat]))
     ways |= ours(options.model)
     ways |= peers(options.model)
     wanted = (BARE, AGAIN, *(options.ways or ways))
@@ -74,14 +88,13 @@ def worker(options: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     growth: dict[str, float] = {}
     for name, way in ways.items():  # the first time is for warming up
-        flat.fill_(1)
-        way()
+        way.touch()
+        way.run()
         growth[name] = peak(way)
     for repeat in range(options.blocks * options.repeats):
         order = list(ways)
         turn = repeat % len(order)
         for name in order[turn:] + order[:turn]:
-            flat.fill_(1)  # it would overflow
             seconds[name].append(timed(ways[name]))
         if dist.get_rank() == 0:
             done = f"\r{repeat + 1}/{options.blocks * options.repeats} "
@@ -96,9 +109,10 @@ def worker(options: argparse.Namespace) -> None:
 
 def timed(way: Way) -> float:
     """Seconds of the slowest rank."""
+    way.touch()
     dist.barrier()
     started = time.perf_counter()
-    way()
+    way.run()
     took = torch.tensor(time.perf_counter() - started)
     dist.all_reduce(took, dist.ReduceOp.MAX)
     return float(took)
@@ -106,9 +120,10 @@ def timed(way: Way) -> float:
 
 def peak(way: Way) -> float:
     """MiB that this process held at most beyond what it held before."""
+    ctypes.CDLL(None).malloc_trim(0)  # what others have left would hide it
     Path("/proc/self/clear_refs").write_text("5")
     before = _held("VmRSS")
-    way()
+    way.run()
     return (_held("VmHWM") - before) / 1024
 
 
@@ -123,12 +138,12 @@ def network(name: str) -> nn.Module:
 
 def ours(name: str) -> dict[str, Way]:
     def way(**options: object) -> Way:
-        optimizer = LocalSGD(network(name).parameters(), period=Constant(1), **options)
-        return optimizer.average
+        parameters = list(network(name).parameters())
+        return Way(LocalSGD(parameters, period=Constant(1), **options).average, parameters)
 
     return {
         "localopt, Average, check_finite=False": way(check_finite=False),
-        "localopt, Average": way(),
+        "localopt, Average, check_finite=True": way(),
         "localopt, Average, bf16": way(sync=Average(compress="bf16")),
         "localopt, Average, int8": way(sync=Average(compress="int8")),
     }
@@ -153,9 +168,11 @@ def peers(name: str) -> dict[str, Way]:
 
     apart, averaged = network(name), network(name)
     found: dict[str, Way] = {
-        "one all_reduce per parameter": each,
-        "flatten, all_reduce, copy back": copied,
-        "torch average_parameters": lambda: average_parameters(averaged.parameters(), group),
+        "one all_reduce per parameter": Way(each, list(apart.parameters())),
+        "flatten, all_reduce, copy back": Way(copied, list(apart.parameters())),
+        "torch average_parameters": Way(
+            lambda: average_parameters(averaged.parameters(), group), list(averaged.parameters())
+        ),
     }
     if importlib.util.find_spec("accelerate"):
         found["accelerate LocalSGD"] = with_accelerate(network(name))
@@ -170,14 +187,15 @@ def with_accelerate(model: nn.Module) -> Way:
 
     accelerator = Accelerator(cpu=True)
     local = AcceleratesLocalSGD(accelerator, accelerator.prepare(model), local_sgd_steps=1)
-    return local.step
+    return Way(local.step, list(model.parameters()))
 
 
 def with_torchft(model: nn.Module) -> Way:
     from torchft.local_sgd import LocalSGD as TorchftLocalSGD
 
     optimizer = torch.optim.SGD(model.parameters())
-    return TorchftLocalSGD(_peers.torchft_manager(), model, optimizer, sync_every=1).sync
+    local = TorchftLocalSGD(_peers.torchft_manager(), model, optimizer, sync_every=1)
+    return Way(local.sync, list(model.parameters()))
 
 
 def report(told: dict, options: argparse.Namespace) -> str:

@@ -42,7 +42,7 @@ RULES: dict[str, tuple[str, list[str]]] = {
     "HierarchicalAverage": ("hierarchical", []),
     "BMUF": ("bmuf", ["--sync-settings", "nesterov=false"]),
     "BMUF, Nesterov": ("bmuf", []),
-    "BMUF, Nesterov, int8": ("bmuf", ["--sync-settings", "compress=int8"]),
+    "BMUF, Nesterov, int8": ("bmuf", ["--sync-settings", "nesterov=true", "compress=int8"]),
     "SlowMo": ("slowmo", []),
     "DiLoCo": ("diloco", []),
     "EASGD": ("easgd", []),

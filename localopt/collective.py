@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import ring
+
 
 @dataclass
 class Traffic:
@@ -176,6 +178,20 @@ class Collective:
                 dist.all_reduce(tensor, group=self.group)
         return self._sum_bytes(tensors)
 
+    def mean_(self, wholes: Sequence[Tensor], averaged: Sequence[Tensor]) -> int:
+        """Replace each of ``wholes`` (n,) by its sum over the ranks, and the parts ``averaged`` of
+        them by means, in place; return the bytes sent."""
+        if self.world_size == 1:
+            return 0
+        if ring.worthwhile(wholes, self.group):
+            with waiting:
+                for whole, part in zip(wholes, averaged, strict=True):
+                    ring.mean_(whole, part, self.group)
+            return self._sum_bytes(wholes)
+        for part in averaged:
+            part.div_(self.world_size)  # before the sum, which then cannot overflow
+        return self.sum_(wholes)
+
     def start_sum_(self, tensors: Sequence[Tensor]) -> Pending:
         """As `sum_`, but return at once; the tensors are not to be touched before `wait`."""
         if self.world_size == 1:
@@ -235,11 +251,13 @@ class Across:
     def __init__(self, inside: Collective, peers: Collective, ranks: Sequence[int]) -> None:
         self.inside, self.peers, self.ranks = inside, peers, ranks
 
-    def sum_(self, tensors: Sequence[Tensor]) -> int:
-        """Replace each tensor by its sum over the groups, in place; return the bytes sent."""
+    def mean_(self, wholes: Sequence[Tensor], averaged: Sequence[Tensor]) -> int:
+        """As `Collective.mean_`, over the groups."""
         if self.peers.world_size == 1:
             return 0
-        cut = [tensor.chunk(self.inside.world_size) for tensor in tensors]
+        for part in averaged:
+            part.div_(self.peers.world_size)
+        cut = [tensor.chunk(self.inside.world_size) for tensor in wholes]
         sent = self.peers.sum_([shards[self.inside.rank] for shards in cut])
         for source in range(self.inside.world_size):
             sent += self.inside.broadcast_([shards[source] for shards in cut], source)

@@ -102,7 +102,8 @@ class Int8(Codec):
 
     def encode(self, x: Tensor, wire: Tensor) -> None:
         blocks = x.view(-1, self.block)
-        scales = (torch.linalg.vector_norm(blocks, torch.inf, dim=1) / 127).float()
+        least, greatest = torch.aminmax(blocks, dim=1)
+        scales = (torch.maximum(-least, greatest) / 127).float()
         scales = torch.where(scales >= torch.finfo(torch.float32).tiny, scales, 0.0)
         divisors = torch.where(scales > 0, scales, torch.inf).to(x.dtype)
         numbers = (blocks / divisors[:, None]).round_().clamp_(-127, 127)

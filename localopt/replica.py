@@ -210,13 +210,10 @@ class Replica:
         started = clock(self.device)
         fingerprint = flat.fingerprint() if believed_equal else 0
         self._write_header(flat.slots, kind, started, self._scan(), settings, fingerprint)
-        if len(ranks) > 1:
-            # Before the sum, which then cannot overflow where all replicas are finite.
-            for buffer in flat.buffers:
-                buffer.averaged.div_(len(ranks))
+        wholes, averaged = zip(*((b.data, b.averaged) for b in flat.buffers), strict=True)
         sent = 0
         for level in sums:
-            sent += level.sum_([b.data for b in flat.buffers])
+            sent += level.mean_(wholes, averaged)
             headers = headers_.read(flat.slots, level.ranks)
             headers_.check_in_step(headers)
         waits = _waits(headers)

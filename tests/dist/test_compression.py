@@ -173,5 +173,5 @@ def distance(rank: int, m: int, compress: Any) -> float:
 
 @pytest.mark.parametrize("compress", CODECS, ids=repr)
 def test_it_converges_to_the_same_point(compress: Any) -> None:
-    """From 800 away; replicas whose optima are 10 apart differ at every sync, and that is coarse."""
+    """From 800 away; replicas with optima 10 apart differ at every sync, and that is coarse."""
     assert max(run(distance, 4, compress)) < 2e-3
