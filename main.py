@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ def main(config: Config) -> int:
     from training.loop import train
     from training.run import OWN_ERRORS, LostRankError, assembled
 
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _unbreakable(getattr(sys, name)))
     try:
         with assembled(config) as run:
             train(run)
@@ -37,6 +40,27 @@ def main(config: Config) -> int:
     if run.place.rank == 0:
         print(f"main.py: {run.watch.reason}: saved and stopped; continue with --resume auto")
     return 128 + run.watch.signal
+
+
+class _Unbreakable(io.FileIO):
+    """What is written when nobody reads any more is lost; a launcher that has ended leaves that."""
+
+    def write(self, data: object) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _unbreakable(stream: io.TextIOBase) -> io.TextIOBase:
+    """A stream of the process's own, whose reader may go without ending the run."""
+    if stream not in (sys.__stdout__, sys.__stderr__):
+        return stream
+    stream.flush()
+    raw = _Unbreakable(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True
+    )
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

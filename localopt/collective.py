@@ -20,6 +20,9 @@ from torch import Tensor
 
 from . import ring
 
+RING_BYTES = 2**22  # below which one all_reduce is faster than a ring of messages
+_TAG = 0x10CA10  # of a ring's first message: far from those that a user would choose
+
 
 @dataclass
 class Traffic:
@@ -178,19 +181,39 @@ class Collective:
                 dist.all_reduce(tensor, group=self.group)
         return self._sum_bytes(tensors)
 
+    def rings(self, wholes: Sequence[Tensor]) -> bool:
+        """Whether `mean_` sends these around in messages; the same on all ranks."""
+        return (
+            self.world_size > 1
+            and dist.get_backend(self.group) == "gloo"
+            and all(whole.device.type == "cpu" for whole in wholes)
+            and sum(whole.nbytes for whole in wholes) >= RING_BYTES
+        )
+
     def mean_(self, wholes: Sequence[Tensor], averaged: Sequence[Tensor]) -> int:
         """Replace each of ``wholes`` (n,) by its sum over the ranks, and the parts ``averaged`` of
         them by means, in place; return the bytes sent."""
         if self.world_size == 1:
             return 0
-        if ring.worthwhile(wholes, self.group):
+        if self.rings(wholes):
             with waiting:
                 for whole, part in zip(wholes, averaged, strict=True):
-                    ring.mean_(whole, part, self.group)
+                    ring.mean_(
+                        whole, part, self.rank, self.world_size,
+                        self._to_next, self._from_last,
+                    )  # fmt: skip
             return self._sum_bytes(wholes)
         for part in averaged:
             part.div_(self.world_size)  # before the sum, which then cannot overflow
         return self.sum_(wholes)
+
+    def _to_next(self, tensor: Tensor, number: int) -> dist.Work:
+        to = (self.rank + 1) % self.world_size
+        return dist.isend(tensor, group=self.group, tag=_TAG + number, group_dst=to)
+
+    def _from_last(self, tensor: Tensor, number: int) -> dist.Work:
+        source = (self.rank - 1) % self.world_size
+        return dist.irecv(tensor, group=self.group, tag=_TAG + number, group_src=source)
 
     def start_sum_(self, tensors: Sequence[Tensor]) -> Pending:
         """As `sum_`, but return at once; the tensors are not to be touched before `wait`."""

@@ -10,30 +10,42 @@ Each rank sends 2 (m - 1) / m of the memory, as in any ring. Additions are in on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 CHUNK = 1_440_000  # bytes of a message
 AHEAD = 2  # messages that may arrive before they are added
-LEAST = 2**22  # bytes of memory below which one all_reduce is faster
-_TAG = 0x10CA10  # of the first message: far from those that a user would choose
 
 
-def worthwhile(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> bool:
-    """Whether a ring is faster than what torch.distributed has; the same on all ranks."""
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    return on_cpu and dist.get_backend(group) == "gloo" and sum(t.nbytes for t in tensors) >= LEAST
+class Waitable(Protocol):
+    """A message that is on its way; to be waited for once."""
+
+    def wait(self) -> object: ...
 
 
-def mean_(whole: Tensor, averaged: Tensor, group: dist.ProcessGroup | None) -> None:
+Post = Callable[[Tensor, int], Waitable]  # a tensor and the message's number
+
+
+def mean_(
+    whole: Tensor,
+    averaged: Tensor,
+    rank: int,
+    m: int,
+    to_next: Post,
+    from_last: Post,
+) -> None:
     """Replace ``averaged``, a part of ``whole`` (n,), by its mean over the ranks; the rest by sums.
 
     Collective. n is a multiple of the number of ranks.
+
+    Args:
+        whole, averaged: in memory, and the same size on all ranks.
+        rank, m: this rank, and how many there are.
+        to_next, from_last: begin to send to rank + 1, and to receive from rank - 1.
     """
-    m, rank = dist.get_world_size(group), dist.get_rank(group)
     length = CHUNK // whole.itemsize
     shards = [list(shard.split(length)) for shard in whole.chunk(m)]
     first = averaged.storage_offset() - whole.storage_offset()
@@ -42,23 +54,19 @@ def mean_(whole: Tensor, averaged: Tensor, group: dist.ProcessGroup | None) -> N
     total = (m - 1) * count  # messages of each half
     # Used again and again, so that it stays in the cache.
     spare = [whole.new_empty(min(length, size)) for _ in range(min(AHEAD, total))]
-    to, source = (rank + 1) % m, (rank - 1) % m
-    sent: list[dist.Work] = []  # to be waited for once each
+    sent: tuple[list[Waitable], list[Waitable]] = ([], [])  # of each half
 
-    def send(chunk: Tensor, i: int) -> None:
-        sent.append(dist.isend(chunk, group=group, tag=_TAG + i, group_dst=to))
-
-    def receive(chunk: Tensor, i: int) -> dist.Work:
-        return dist.irecv(chunk, group=group, tag=_TAG + i, group_src=source)
+    def pass_on(chunk: Tensor, i: int) -> None:
+        sent[i >= total].append(to_next(chunk, i))
 
     def arrival(i: int) -> Tensor:
         """Where message ``i`` of the first half arrives."""
         return spare[i % len(spare)][: len(shards[0][i % count])]
 
     # A ring of sums; what is sent on is complete in the last step.
-    arriving = [receive(arrival(i), i) for i in range(len(spare))]
+    arriving = [from_last(arrival(i), i) for i in range(len(spare))]
     for k, chunk in enumerate(shards[rank]):
-        send(chunk, k)
+        pass_on(chunk, k)
     for i in range(total):
         step, k = divmod(i, count)
         shard = (rank - step - 1) % m
@@ -69,22 +77,22 @@ def mean_(whole: Tensor, averaged: Tensor, group: dist.ProcessGroup | None) -> N
         _add_divided(chunk[a:b], other[a:b], m, divided=step > 0)
         for part in (slice(a), slice(b, None)):
             chunk[part].add_(other[part])
-        send(chunk, i + count)
+        pass_on(chunk, i + count)
         if len(arriving) < total:
-            arriving.append(receive(arrival(len(arriving)), len(arriving)))
+            arriving.append(from_last(arrival(len(arriving)), len(arriving)))
     # The means go around.
-    for work in sent[:total]:
-        work.wait()  # means arrive where these were sent from
+    for work in sent[0]:
+        work.wait()  # means arrive where these were sent from; once, or it would wait for ever
     means = []
     for i in range(total):
         step, k = divmod(i, count)
-        means.append(receive(shards[(rank - step) % m][k], total + i))
+        means.append(from_last(shards[(rank - step) % m][k], total + i))
     for i, mean in enumerate(means):
         mean.wait()
         if i + count < total:
             step, k = divmod(i, count)
-            send(shards[(rank - step) % m][k], total + count + i)
-    for work in sent[total:]:
+            pass_on(shards[(rank - step) % m][k], total + count + i)
+    for work in sent[1]:
         work.wait()
 
 

@@ -109,7 +109,8 @@ def test_the_end_of_a_rank_or_launcher_ends_the_run_on_all_hosts(
         named = r"rank 1 on hostb has died .*last at step \d+.*--resume auto"
         assert re.search(named, log.read_text())
     else:
-        assert [len(list(folder.glob("*/preempted"))) for folder in runs] == [1, 0]
+        markers = [len(list(folder.glob("*/preempted"))) for folder in runs]
+        assert markers == [1, 0], log.read_text()
 
 
 def programs() -> list[psutil.Process]:

@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -197,3 +198,29 @@ def test_a_rank_with_other_software_is_named(
     for rank in (0, 1):
         (line,) = outcome.complaints(rank)
         assert told in line and "where rank 0 has" in line
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(flags, tmp_path: Path) -> None:
+    """As when its launcher, or the ssh session that started it, has gone: it stops in order."""
+    command = [sys.executable, "main.py", *flags, "--steps-per-epoch", "6"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline().startswith("epoch")
+        process.stdout.close(), process.stderr.close()
+        (folder,) = (tmp_path / "runs").iterdir()
+        before, deadline = evaluations(folder), time.monotonic() + 60
+        while evaluations(folder) < before + 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert (folder / "preempted").exists()
+    finally:
+        process.kill()
+
+
+def evaluations(folder: Path) -> int:
+    """How many lines have been printed."""
+    return (folder / "metrics.jsonl").read_text().count('"val"')

@@ -9,12 +9,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from localopt import Constant, LocalSGD, NonFiniteError, ReplicaMismatchError, ring
+from localopt import (
+    Constant,
+    LocalSGD,
+    NonFiniteError,
+    ReplicaMismatchError,
+    collective,
+    ring,
+)
 from tests.dist import oracle
 from tests.dist.ranks import RankError, run
 from tests.dist.test_contract import LRS, SIZE, Model, compare, local_step
 
 TYPES = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def mean_(whole: torch.Tensor, part: torch.Tensor) -> None:
+    ours = collective.Collective()
+    ring.mean_(whole, part, ours.rank, ours.world_size, ours._to_next, ours._from_last)
 
 
 def means(rank: int, m: int) -> list[tuple[float, float]]:
@@ -30,7 +42,7 @@ def means(rank: int, m: int) -> list[tuple[float, float]]:
                 dist.all_reduce(expected)
                 part = x[n // 10 : n - n // 7]
                 expected[n // 10 : n - n // 7] /= m
-                ring.mean_(x, part, None)
+                mean_(x, part)
                 everyone = [torch.empty_like(x) for _ in range(m)]
                 dist.all_gather(everyone, x)
                 assert all(torch.equal(everyone[0], other) for other in everyone)
@@ -48,7 +60,7 @@ def test_means_and_sums(m: int) -> None:
 
 def largest(rank: int, m: int) -> torch.Tensor:
     x = torch.full((16 * m,), torch.finfo(torch.float16).max, dtype=torch.float16)
-    ring.mean_(x, x, None)
+    mean_(x, x)
     return x
 
 
@@ -60,7 +72,7 @@ def test_finite_replicas_do_not_overflow(m: int) -> None:
 
 def small() -> None:
     """Have the ring used for models of any size, in many messages."""
-    ring.LEAST, ring.CHUNK = 0, 64
+    collective.RING_BYTES, ring.CHUNK = 0, 64
 
 
 def follow(rank: int, m: int, problem: oracle.Quadratics) -> dict:
@@ -143,7 +155,7 @@ def one_dies(rank: int, m: int) -> None:
     if rank == 1:
         time.sleep(0.2)
         os._exit(1)
-    ring.mean_(x, x, None)
+    mean_(x, x)
 
 
 def test_a_lost_rank_is_an_error() -> None:
@@ -155,9 +167,10 @@ def test_a_lost_rank_is_an_error() -> None:
 
 
 def test_where_it_is_used() -> None:
-    """Not without gloo, not for what one message would hold."""
+    """Not for what one message would hold, nor with one rank."""
+    assert not collective.Collective().rings([torch.zeros(2**23)])
+    assert run(used, 2) == [[True, False]] * 2
 
-    class Elsewhere:
-        device, nbytes = torch.device("cuda"), 2**30
 
-    assert not ring.worthwhile([Elsewhere()], None)
+def used(rank: int, m: int) -> list[bool]:
+    return [collective.Collective().rings([torch.zeros(n)]) for n in (2**20, 2**19)]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 OURS = {"localopt", "training", "data", "from_scratch"}
 COLLECTIVES = {
     "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object",
+    "all_gather_single",
     "all_reduce", "all_reduce_coalesced", "all_to_all", "all_to_all_single", "allreduce",
     "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather_object",
     "irecv", "isend", "monitored_barrier", "recv", "reduce_scatter", "reduce_scatter_tensor",
