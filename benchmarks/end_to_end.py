@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import _peers
 from benchmarks._link import capped_link, run_on, wire_bytes
+from benchmarks.overlap import calibrated_batch
 from localopt import EASGD, QSR, Average, CoCoDSGD, Constant, LocalSGD, OverlapLocalSGD, Rule
 
 WIDTH, LAYERS = 1024, 5
@@ -83,7 +84,7 @@ def worker(options: argparse.Namespace) -> None:
     """One rank: every way in turn, several times over."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    batch = calibrated_batch(options.step_seconds)
+    batch = calibrated_batch(network(), WIDTH, options.step_seconds)
     ways = all_ways(options)
     wanted = (FLOOR, *(options.ways or ways))
     ways = {name: way for name, way in ways.items() if any(word in name for word in wanted)}
@@ -106,19 +107,6 @@ def network() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     return nn.Sequential(*layers)
-
-
-def calibrated_batch(seconds: float) -> int:
-    """Images per step so that it takes about ``seconds`` on the slower rank."""
-    model, size = network(), 64
-    for _ in range(4):
-        started = time.perf_counter()
-        for _ in range(3):
-            model(torch.randn(size, WIDTH)).sum().backward()
-        size = max(8, int(size * seconds / ((time.perf_counter() - started) / 3)))
-    smallest = torch.tensor(size)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return int(smallest)
 
 
 def bare_goodput() -> float:

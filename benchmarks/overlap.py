@@ -58,7 +58,7 @@ def worker(options: argparse.Namespace) -> None:
     """One rank: every rule in turn, several times over."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    batch = calibrated_batch()
+    batch = calibrated_batch(network(), WIDTH, STEP_SECONDS)
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in RULES}
     for _ in range(options.repeats):
         for name, rule in RULES.items():
@@ -75,14 +75,14 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
 
 
-def calibrated_batch() -> int:
-    """Images per step so that it takes about STEP_SECONDS on the slower rank."""
-    model, size = network(), 256
+def calibrated_batch(model: nn.Module, width: int, step_seconds: float) -> int:
+    """Inputs (n, width) per step so that it takes about ``step_seconds`` on the slower rank."""
+    size = 256
     for _ in range(3):
         started = time.perf_counter()
         for _ in range(5):
-            model(torch.randn(size, WIDTH)).sum().backward()
-        size = max(16, int(size * STEP_SECONDS / ((time.perf_counter() - started) / 5)))
+            model(torch.randn(size, width)).sum().backward()
+        size = max(16, int(size * step_seconds / ((time.perf_counter() - started) / 5)))
     smallest = torch.tensor(size)
     dist.all_reduce(smallest, dist.ReduceOp.MIN)
     return int(smallest)

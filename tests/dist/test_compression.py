@@ -52,12 +52,10 @@ def nothing_is_lost(rank: int, m: int, compress: Any) -> list[float]:
     """What each round has moved, and what is still to be told, is what the replicas have made."""
     model = Model()
     optimizer = LocalSGD(model.weights, lr=0.1, period=Constant(3), sync=Average(compress=compress))
-    start, moved, errors = model.vector(), torch.zeros(model.vector().numel()), []
-    moved = moved.double()
-    before = start
+    start, errors = model.vector(), []
+    moved = torch.zeros_like(start)
     for step in range(30):
-        after_sync = optimizer.synced
-        if after_sync:
+        if optimizer.synced:
             before = model.vector()
         if step % 3 == 2:  # the last of the round, by hand: what it brings is seen nowhere else
             made = model.vector()
@@ -155,7 +153,8 @@ def test_another_number_of_replicas_inherits_what_is_owed() -> None:
     before = again.vector()
     for p in again.parameters():
         p.grad = torch.zeros_like(p)
-    alone.step(), alone.step()
+    for _ in range(2):
+        alone.step()
     assert torch.allclose(again.vector() - before, -owed, rtol=0, atol=1e-12), "it is told now"
 
 

@@ -208,7 +208,8 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(flags, tmp_path: Path) -
     )
     try:
         assert process.stdout.readline().startswith("epoch")
-        process.stdout.close(), process.stderr.close()
+        process.stdout.close()
+        process.stderr.close()
         (folder,) = (tmp_path / "runs").iterdir()
         before, deadline = evaluations(folder), time.monotonic() + 60
         while evaluations(folder) < before + 3:

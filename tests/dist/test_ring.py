@@ -18,7 +18,7 @@ from localopt import (
     ring,
 )
 from tests.dist import oracle
-from tests.dist.ranks import RankError, run
+from tests.dist.ranks import outcomes_of, run
 from tests.dist.test_contract import LRS, SIZE, Model, compare, local_step
 
 TYPES = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -160,10 +160,8 @@ def one_dies(rank: int, m: int) -> None:
 
 def test_a_lost_rank_is_an_error() -> None:
     """On the ranks that it talks with, at once; not a wait for ever."""
-    started = time.monotonic()
-    with pytest.raises(RankError):
-        run(one_dies, 2, timeout=60)
-    assert time.monotonic() - started < 30
+    (ok, told), _ = outcomes_of(one_dies, 2, timeout=20)
+    assert not ok and "Connection closed by peer" in told
 
 
 def test_where_it_is_used() -> None:
