@@ -65,9 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder), options.images)
         loaders = measure_loaders(folder, options.repeats)
-    seconds = compilation()
     print(report(loaders, measure_alone(options.repeats), options))
-    print(f"\nCompiling RandAugment took this process {seconds:.1f} s.")
 
 
 def write_photographs(folder: Path, count: int) -> None:
@@ -218,13 +216,6 @@ def composers() -> Callable[[np.ndarray], np.ndarray]:
         return np.asarray(picture)
 
     return augment
-
-
-def compilation() -> float:
-    """Seconds of processor time."""
-    began = time.process_time()
-    SETTINGS.apply(np.empty((0, SIDE, SIDE, 3), np.uint8), np.empty(0, np.uint64))
-    return time.process_time() - began
 
 
 def measure_alone(repeats: int, count: int = 256) -> Rates:

@@ -37,7 +37,17 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import _peers
 from benchmarks._link import capped_link, run_on, wire_bytes
 from benchmarks.overlap import calibrated_batch
-from localopt import EASGD, QSR, Average, CoCoDSGD, Constant, LocalSGD, OverlapLocalSGD, Rule
+from localopt import (
+    EASGD,
+    QSR,
+    Average,
+    CoCoDSGD,
+    Constant,
+    LocalSGD,
+    OverlapLocalSGD,
+    Rule,
+    Streaming,
+)
 
 WIDTH, LAYERS = 1024, 5
 PEAK_LR = 0.05
@@ -163,6 +173,7 @@ def all_ways(options: argparse.Namespace) -> dict[str, Maker]:
         "localopt, OverlapLocalSGD": local(Constant(h), OverlapLocalSGD),
         "localopt, CoCoDSGD": local(Constant(h), CoCoDSGD),
         "localopt, EASGD": local(Constant(h), EASGD),
+        "localopt, Streaming": local(Constant(h), lambda: Streaming(3, overlap=True)),
     }
 
 

@@ -13,20 +13,22 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from benchmarks._link import capped_link, run_on
-from localopt import EASGD, Average, CoCoDSGD, Constant, LocalSGD, OverlapLocalSGD, Rule
+from localopt import EASGD, Average, CoCoDSGD, Constant, LocalSGD, OverlapLocalSGD, Rule, Streaming
 
-RULES: dict[str, type[Rule]] = {
+RULES: dict[str, Callable[[], Rule]] = {
     "Average": Average,
     "Average, again": Average,
     "EASGD": EASGD,
     "OverlapLocalSGD": OverlapLocalSGD,
     "CoCoDSGD": CoCoDSGD,
+    "Streaming, 4 fragments": lambda: Streaming(4, overlap=True),
 }
 WIDTH = 1024
 STEP_SECONDS = 0.05  # the batch is chosen for this

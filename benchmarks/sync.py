@@ -122,12 +122,13 @@ def peak(way: Way) -> float:
     """MiB that this process held at most beyond what it held before."""
     ctypes.CDLL(None).malloc_trim(0)  # what others have left would hide it
     Path("/proc/self/clear_refs").write_text("5")
-    before = _held("VmRSS")
+    before = held("VmRSS")
     way.run()
-    return (_held("VmHWM") - before) / 1024
+    return (held("VmHWM") - before) / 1024
 
 
-def _held(field: str) -> int:
+def held(field: str) -> int:
+    """KiB that this process holds, as the kernel's status file names it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 

@@ -14,16 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
+from data.compiled import compiled
 from data.dataset import damaged
 from data.ffcv_parts import (
     JPEG,
     AllocationQuery,
     SimpleRGBImageDecoder,
     State,
-    ctypes_imdecode,
-    ctypes_resize,
+    imdecode,
+    resize,
 )
 from data.randaugment import RandAugment, transform
 
@@ -218,7 +218,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
         return decode
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def decode_samples(
     indices: np.ndarray,
     samples: np.ndarray,
@@ -256,9 +256,9 @@ def decode_samples(
         source = stored.ctypes.data
         if sample.mode == JPEG:
             source = scratch.ctypes.data
-            status = ctypes_imdecode(
+            status = imdecode(
                 stored.ctypes.data, stored.size, height, width, source, height, width,
-                0, 0, 1, 1, False, False,
+                0, 0, 1, 1, 0, 0,
             )  # fmt: skip
             if status != 0:
                 return np.int64(indices[i])
@@ -272,7 +272,7 @@ def decode_samples(
             source, height, width = window.ctypes.data, bottom - top, right - left
             top, bottom, left, right = 0, height, 0, width
         image = out[i]
-        ctypes_resize(
+        resize(
             0, source, height, width, top, bottom, left, right,
             image.ctypes.data, image.shape[0], image.shape[1],
         )  # fmt: skip
@@ -281,7 +281,7 @@ def decode_samples(
     return np.int64(-1)
 
 
-@njit(nogil=True)
+@compiled
 def _cut(
     pixels: np.ndarray, height: int, width: int,
     top: int, bottom: int, left: int, right: int, window: np.ndarray,
@@ -303,7 +303,7 @@ def _cut(
             window[target + place] = pixels[source + place]
 
 
-@njit(nogil=True)
+@compiled
 def _mirror(image: np.ndarray) -> None:
     """Mirror (R, R, 3) left to right in place."""
     last = image.shape[1] - 1

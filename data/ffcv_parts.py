@@ -3,12 +3,20 @@
 Import FFCV from here only. Its import compiles a typed dictionary of two entries, which takes two
 seconds in every process and ends some of them with a traceback from numba; a plain dictionary
 serves. It also sets torch to one thread.
+
+Code that calls FFCV's C functions through ctypes holds their addresses, so numba compiles it anew
+in every process. `imdecode` and `resize` are the same functions under names that are looked up when
+compiled code is loaded: what calls them can be kept on disk.
 """
 
+import ctypes
 from unittest.mock import patch
 
 import numba.typed
 import torch
+from llvmlite import binding
+from numba import types
+from numba.core.typing import signature
 
 _threads = torch.get_num_threads()
 with patch.object(numba.typed, "Dict", dict):
@@ -26,6 +34,23 @@ with patch.object(numba.typed, "Dict", dict):
     from ffcv.reader import Reader
     from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
 torch.set_num_threads(_threads)
+
+
+def _by_name(function: ctypes._CFuncPtr, *arguments: types.Type) -> types.ExternalFunction:
+    """A C function that returns an int, for compiled code."""
+    name = f"localopt_ffcv_{function.__name__}"
+    binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    return types.ExternalFunction(name, signature(types.int32, *arguments))
+
+
+# The file's bytes and their number, the image's size, the pixels and their size, a box, a scale,
+# and whether to crop and to flip.
+imdecode = _by_name(
+    ctypes_imdecode, types.intp, types.uint64, types.uint32, types.uint32, types.intp,
+    *8 * (types.uint32,),
+)  # fmt: skip
+# Interpolation, the pixels and their size, a box, the result and its size.
+resize = _by_name(ctypes_resize, *11 * (types.int64,))
 
 JPEG = int(IMAGE_MODES["jpg"])
 RAW = int(IMAGE_MODES["raw"])
@@ -49,7 +74,8 @@ __all__ = [
     "SimpleRGBImageDecoder",
     "State",
     "ctypes_imdecode",
-    "ctypes_resize",
     "handle_sample",
+    "imdecode",
     "loader_module",
+    "resize",
 ]

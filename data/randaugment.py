@@ -20,6 +20,7 @@ import numpy as np
 from numba import njit
 
 from data import order
+from data.compiled import compiled
 
 _MOST_DEGREES = 30
 _DRAWS = 3  # per operation: which one, how much, and a coin
@@ -235,7 +236,7 @@ def _rotations(height: int, width: int) -> np.ndarray:
 _kernel = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def transform(
     images: np.ndarray, operations: np.ndarray, magnitudes: np.ndarray, matrices: np.ndarray
 ) -> None:

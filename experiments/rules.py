@@ -49,6 +49,8 @@ RULES: dict[str, tuple[str, list[str]]] = {
     "OverlapLocalSGD": ("overlap", []),
     "CoCoDSGD": ("cocod", []),
     "LSGD": ("lsgd", []),
+    "Streaming": ("streaming", ["--sync-settings", "fragments=4"]),
+    "Streaming, overlapped": ("streaming", []),
 }
 COLUMNS = (
     "rule", "replicas", "seed", "top1", "loss", "steps", "syncs", "bytes", "exposed", "hidden",

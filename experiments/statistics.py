@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scipy import stats
 
@@ -16,3 +16,18 @@ def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tupl
         return statistics.fmean(values), math.nan
     quantile = float(stats.t.ppf((1 + confidence) / 2, n - 1))
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(n)
+
+
+def interval(values: Sequence[float], form: str) -> str:
+    """Mean ± half the interval, as text."""
+    mean, half = mean_and_interval(values)
+    return f"{mean:{form}} ± {half:.2f}"
+
+
+def difference(
+    runs: Mapping[str, Mapping[str, str]], base: Mapping[str, Mapping[str, str]]
+) -> str:
+    """By how many points of accuracy runs, by seed, are better than those of the same seeds."""
+    both = [seed for seed in runs if seed in base]
+    pairs = [100 * (float(runs[seed]["top1"]) - float(base[seed]["top1"])) for seed in both]
+    return interval(pairs, "+.2f") if pairs else ""

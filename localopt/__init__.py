@@ -23,6 +23,7 @@ from .sync import (
     OverlapLocalSGD,
     Rule,
     SlowMo,
+    Streaming,
 )
 from .watch import Watch
 
@@ -53,6 +54,7 @@ __all__ = [
     "ReplicaMismatchError",
     "Rule",
     "SlowMo",
+    "Streaming",
     "SyncError",
     "SyncReport",
     "Traffic",

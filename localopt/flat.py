@@ -82,6 +82,7 @@ class Memory:
 
     def __init__(self, own: Sequence[Entry], beside: Sequence[Entry], world_size: int) -> None:
         self._layout = (own, beside, world_size)
+        self.world_size = world_size
         self.entries = [*own, *beside]
         self.buffers: list[FlatBuffer] = []
         self.views: dict[str, Tensor] = {}
@@ -141,9 +142,7 @@ class Memory:
 
     def square_norm(self) -> float:
         """Squared norm of the parameters, accumulated in float64. Cost: one host sync."""
-        return sum(
-            float(torch.linalg.vector_norm(x, dtype=torch.float64) ** 2) for x in self.params
-        )
+        return square_norm(self.params)
 
     def fingerprint(self) -> int:
         """A sum over the parameters' bits, the same for the same bits. Cost: one host sync."""
@@ -152,17 +151,8 @@ class Memory:
         return sum(int(part) for part in bits) % 2**62
 
     def finite(self) -> Tensor:
-        """0-dim bool on the device: False if what is averaged holds NaN or infinity.
-
-        A sum carries any NaN and infinity along in one read of the memory, where ``isfinite``
-        would write a mask as well. The sum of finite values may overflow: `non_finite` decides.
-        """
-        device = self.buffers[0].data.device
-        sums = [
-            b.averaged.sum(dtype=torch.promote_types(b.data.dtype, torch.float32)).to(device)
-            for b in self.buffers
-        ]
-        return torch.isfinite(torch.stack([s.double() for s in sums])).all()
+        """As the function `finite`, of what is averaged."""
+        return finite([b.averaged for b in self.buffers])
 
     def non_finite(self) -> list[str]:
         """Names of what is averaged and holds NaN or infinity. Cost: a full pass, host syncs."""
@@ -209,6 +199,13 @@ class Flat(Memory):
                     ".half(), load_state_dict(assign=True) or an assignment to .data moved it. Do "
                     "that before building the optimizer"
                 )
+
+    def spans(self) -> list[list[tuple[str, int, int]]]:
+        """By buffer, where each parameter is among `params`: name, first and last element + 1."""
+        return [
+            [(name, first, first + self.views[name].numel()) for name, first in starts.items()]
+            for starts in self._starts
+        ]
 
     def vector(self, *, wide: bool) -> Vector:
         """A number for each element of the parameters: zeros."""
@@ -276,6 +273,75 @@ class Vector:
             self.views[name].copy_(saved)
 
 
+class Fragments:
+    """The parameters cut into K fragments of equal size, and memory for the mean of one of them.
+
+    Fragment k of a buffer with n elements has those from ⌊k n / K⌋ to ⌊(k + 1) n / K⌋, in the order
+    of the parameters; a parameter may lie in several. Parameters that come later are in the last.
+
+    Args:
+        flat: the parameters.
+        number: K.
+        before: the fragments of the layout before this one.
+
+    Attributes:
+        number: K.
+        memory: as large as the largest fragment, with the ranks' headers.
+    """
+
+    def __init__(self, flat: Flat, number: int, before: Fragments | None = None) -> None:
+        self.number = number
+        self._spans = flat.spans()
+        kinds = [(x.device, x.dtype) for x in flat.params]
+        self._counts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for kind, spans in zip(kinds, self._spans, strict=True):
+            n = sum(last - first for _, first, last in spans)
+            first_ones = [k * n // number for k in range(number)]
+            if before is not None:
+                first_ones = before._counts.get(kind, [0] * (number + 1))[:-1]
+            self._counts[kind] = [*first_ones, n]
+        self._cuts = [
+            [_place(count, spans) for count in self._counts[kind]]
+            for kind, spans in zip(kinds, self._spans, strict=True)
+        ]
+        sizes = [max(b - a for a, b in itertools.pairwise(cuts)) for cuts in self._cuts]
+        entries = [
+            Entry(f"buffer {i}", (size,), (1,), dtype, device)
+            for i, (size, (device, dtype)) in enumerate(zip(sizes, kinds, strict=True))
+        ]
+        self.memory = Memory(entries, [], flat.world_size)
+
+    def of(self, tensors: Sequence[Tensor], k: int) -> list[Tensor]:
+        """Fragment k of each buffer's (n,)."""
+        return [x[cuts[k] : cuts[k + 1]] for x, cuts in zip(tensors, self._cuts, strict=True)]
+
+    def mean(self, k: int) -> list[Tensor]:
+        """What `memory` holds of fragment k."""
+        return [
+            x[: cuts[k + 1] - cuts[k]]
+            for x, cuts in zip(self.memory.params, self._cuts, strict=True)
+        ]
+
+    def non_finite(self, k: int) -> list[str]:
+        """Names of the parameters of which `memory` holds NaN or infinity as fragment k."""
+        names = []
+        for mean, cuts, spans in zip(self.mean(k), self._cuts, self._spans, strict=True):
+            for name, first, last in spans:
+                part = mean[max(first - cuts[k], 0) : max(last - cuts[k], 0)]
+                if not bool(torch.isfinite(part).all()):
+                    names.append(name)
+        return names
+
+
+def _place(count: int, spans: Sequence[tuple[str, int, int]]) -> int:
+    """Where the element lies that ``count`` others come before, gaps not counted."""
+    for _, first, last in spans:
+        if count < last - first:
+            return first + count
+        count -= last - first
+    return spans[-1][2] if spans else 0
+
+
 def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether the strides place the elements side by side, in some order of the dimensions."""
     expected = 1
@@ -326,6 +392,22 @@ def _odd(p: nn.Parameter) -> str | None:
     if not p.dtype.is_floating_point or p.dtype.itemsize < 2:
         return f"is {p.dtype}: only 16, 32 and 64-bit floating-point parameters can be averaged"
     return None
+
+
+def square_norm(tensors: Sequence[Tensor]) -> float:
+    """Their squared norm, accumulated in float64. Cost: one host sync each."""
+    return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64) ** 2) for x in tensors)
+
+
+def finite(tensors: Sequence[Tensor]) -> Tensor:
+    """0-dim bool on the first one's device: False if they hold NaN or infinity.
+
+    A sum carries any NaN and infinity along in one read of the memory, where ``isfinite`` would
+    write a mask as well. The sum of finite values may overflow: a closer look decides.
+    """
+    device = tensors[0].device
+    sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).to(device) for x in tensors]
+    return torch.isfinite(torch.stack([s.double() for s in sums])).all()
 
 
 def float_entries(named: Iterable[tuple[str, Tensor]], *, from_rank0: bool) -> list[Entry]:

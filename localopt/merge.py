@@ -178,7 +178,7 @@ def _restart(model: dict[str, Any], place: dict[str, Any]) -> None:
                 anchor[name] = model[name].to(z.dtype)
     sync["replicas_agree"] = True
     replica |= {"remaining": 0, "_rates": 0, "_losses": 0, "rate_sum": 0.0, "loss_sum": 0.0}
-    replica |= {"report": None, "landed_report": None}
+    replica |= {"report": None, "landed_report": None, "_square_spread": 0.0}
     replica["traffic"]["wait"] = []
 
 

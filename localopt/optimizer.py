@@ -21,7 +21,7 @@ from .flat import Flat
 from .replica import Replica, SyncReport
 from .sync import Average, Rule
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class LocalOptimizer(Optimizer):

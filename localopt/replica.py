@@ -18,7 +18,7 @@ from . import control
 from . import header as headers_
 from .buffers import Buffers
 from .collective import Across, Collective, Pending, Traffic, clock
-from .flat import Flat, Memory
+from .flat import Flat, Fragments, Memory, finite, square_norm
 from .header import Header, Kind, NonFiniteError, ranks_text
 
 
@@ -52,6 +52,7 @@ class Replica:
         levels: the sums that one after another make the sum over all replicas.
         headers_apart: whether each collective is begun by an exchange of headers alone, so that
             ranks meet whatever the sizes of what follows.
+        fragments: of the parameters, where they are sent one at a time.
         inner: the optimizer that makes the local steps.
         step: local steps finished.
         h: local steps in the current round, or in the last one when it has ended.
@@ -75,6 +76,7 @@ class Replica:
         self.check_finite, self.track_drift = check_finite, track_drift
         self.levels: Sequence[Collective | Across] = [collective]
         self.headers_apart = False
+        self.fragments: Fragments | None = None
         self.step = self.h = self.remaining = self.round = 0
         self.traffic = Traffic()
         self.report: SyncReport | None = None
@@ -82,6 +84,7 @@ class Replica:
         self._landed_report: SyncReport | None = None
         self._flight: _Flight | None = None
         self._sent: Memory | None = None
+        self._square_spread = 0.0
         self._resumed = clock(self.device)
         self._forget_round()
 
@@ -93,6 +96,15 @@ class Replica:
         """
         self.collective = self.collective.subgroup(range(self.collective.world_size))
         self.levels = [self.collective]
+
+    def use_fragments(self, number: int) -> None:
+        """Send the parameters in so many fragments, one at a time, from now on.
+
+        A fragment's collective and the exchange that begins any other one are of one size, so that
+        ranks out of step meet.
+        """
+        self.fragments = Fragments(self.flat, number)
+        self.headers_apart = True
 
     # The place in the round.
 
@@ -227,32 +239,49 @@ class Replica:
         return believed_equal and all(h.fingerprint == fingerprint for h in headers.values())
 
     @torch.no_grad()
-    def launch(self, settings: object = ()) -> None:
+    def launch(
+        self, settings: object = (), *, fragment: int | None = None, ends_round: bool = True
+    ) -> None:
         """Start the mean of the parameters as they are now, x̄, behind training. Collective.
 
         What is sent is a copy. One mean at a time: `land` the last one before.
 
         Args:
             settings: as for `mean_`.
+            fragment: which of the `fragments`; None: all parameters.
+            ends_round: whether this ends a round; else it is a part of the synchronisation that
+                the round's end will complete.
 
         Raises:
             RuntimeError: if the parameters were moved out of their memory.
         """
         self.flat.check_pointers()
         started = clock(self.device)
-        sent = self._copy(self.collective.world_size)
-        self._write_header(sent.slots, Kind.SYNC, started, self._scan(), settings)
+        own = self.flat.params
+        if fragment is not None:
+            own = self._fragments.of(own, fragment)
+        sent = self._copy(own, self.collective.world_size)
+        scan = None if not self.check_finite else finite(own)
+        self._write_header(sent.slots, Kind.SYNC, started, scan, settings, own=own)
         pending = self.collective.start_sum_([b.data for b in sent.buffers])
-        self.report = self._landed_report
-        self._count(True, pending.bytes, started, {})
-        self._flight = _Flight(pending, self._resumed)
+        if ends_round:
+            self.report = self._landed_report
+            self._count(True, pending.bytes, started, {})
+        else:
+            self.count_part(pending.bytes, started)
+        self._flight = _Flight(pending, sent, fragment, ends_round, self._resumed)
 
-    def mean(self) -> list[Tensor]:
-        """x̄, in memory of its own, which the next mean writes to. Collective; waits for it."""
-        self.launch()
+    def mean(self, *, fragment: int | None = None, ends_round: bool = True) -> list[Tensor]:
+        """x̄, in memory of its own, which the next mean writes to. Collective; waits for it.
+
+        Args:
+            fragment, ends_round: as for `launch`.
+        """
+        self.launch(fragment=fragment, ends_round=ends_round)
         mean = self.land()
         assert mean is not None, "it has just been launched"
-        self.report = self._landed_report
+        if ends_round:
+            self.report = self._landed_report
         return mean
 
     def drop(self) -> None:
@@ -279,8 +308,8 @@ class Replica:
             NonFiniteError: if a replica brought NaN or infinity.
         """
         self.poll()
-        flight, sent = self._flight, self._sent
-        if flight is None or sent is None:
+        flight = self._flight
+        if flight is None:
             return None
         self._flight = None
         started = clock(self.device)
@@ -291,13 +320,31 @@ class Replica:
         self.traffic.exposed += exposed
         if flight.pending.bytes:  # else: one replica, nothing has travelled
             self.traffic.hidden += max(0.0, ended - flight.launched)
-        headers = headers_.read(sent.slots)
+        headers = headers_.read(flight.sent.slots)
         headers_.check_in_step(headers)
-        self._check_finite(headers, sent)
+        self._check_finite(headers, flight.sent, flight.fragment)
         waits = _waits(headers)
         self.traffic.count_wait(waits, self.collective.world_size)
-        self._landed_report = self._report(headers, waits, self._spread(headers, sent))
-        return sent.params
+        self._add_to_report(headers, waits, flight)
+        if flight.fragment is None:
+            return flight.sent.params
+        return self._fragments.mean(flight.fragment)
+
+    def _add_to_report(
+        self, headers: Mapping[int, Header], waits: Mapping[int, float], flight: _Flight
+    ) -> None:
+        """Fragments' spreads add up to that of the whole; each is as its fragment was sent."""
+        spread = self._spread(headers, flight.sent)
+        self._square_spread += (spread or 0.0) ** 2
+        if flight.ends_round:
+            whole = None if spread is None else math.sqrt(self._square_spread)
+            self._landed_report = self._report(headers, waits, whole)
+            self._square_spread = 0.0
+
+    @property
+    def _fragments(self) -> Fragments:
+        assert self.fragments is not None, "use_fragments() comes first"
+        return self.fragments
 
     @torch.no_grad()
     def exchange(
@@ -321,12 +368,11 @@ class Replica:
         self.flat.check_pointers()
         started = clock(self.device)
         names = [] if not self.check_finite or bool(self.flat.finite()) else self.flat.non_finite()
-        m = self.collective.world_size
-        slots = torch.zeros(m, headers_.SLOT, dtype=torch.uint8, device=self.device)
+        slots, travelling = self._empty_headers()
         sent, seen = 0, []
         for level in levels:
             self._write_header(slots, kind, started, torch.tensor(not names), settings)
-            sent += level.sum_([slots])
+            sent += level.sum_(travelling)
             seen.append(headers_.read(slots, level.ranks))
             headers_.check_in_step(seen[-1])
         waits = _waits(seen[-1])
@@ -340,12 +386,23 @@ class Replica:
             self.report = self._report(seen[-1], waits, self._measured(seen[-1], levels[-1]))
         return seen
 
+    def _empty_headers(self) -> tuple[Tensor, list[Tensor]]:
+        """Slots to write to, and the tensors that carry them: what a fragment's would be."""
+        if self.fragments is None:
+            m = self.collective.world_size
+            slots = torch.zeros(m, headers_.SLOT, dtype=torch.uint8, device=self.device)
+            return slots, [slots]
+        memory = self.fragments.memory
+        for buffer in memory.buffers:
+            buffer.data.zero_()
+        return memory.slots, [buffer.data for buffer in memory.buffers]
+
     def _measured(self, headers: dict[int, Header], level: Collective) -> float | None:
         """The spread where no mean is at hand. Cost: a collective, where drift is tracked."""
         if not self.track_drift:
             return None
         started = clock(self.device)
-        mean = self._copy(len(level.ranks))
+        mean = self._copy(self.flat.params, len(level.ranks))
         self._count(False, level.sum_(mean.params), started, {})
         return self._spread(headers, mean)
 
@@ -365,13 +422,16 @@ class Replica:
         self.traffic.bytes += sent
         self.traffic.exposed += self._resumed - started
 
-    def _copy(self, shares: int) -> Memory:
-        """The parameters divided by ``shares``, in the memory that means are made in."""
-        if self._sent is None:
-            self._sent = self.flat.twin()
-        for x, sent in zip(self.flat.params, self._sent.params, strict=True):
-            torch.div(x, shares, out=sent)
-        return self._sent
+    def _copy(self, own: Sequence[Tensor], shares: int) -> Memory:
+        """``own`` divided by ``shares``, in the memory that means are made in."""
+        if self.fragments is not None:
+            memory = self.fragments.memory
+        else:
+            memory = self._sent = self._sent or self.flat.twin()
+        for x, sent in zip(own, memory.params, strict=True):
+            torch.div(x, shares, out=sent[: len(x)])
+            sent[len(x) :].zero_()
+        return memory
 
     def _write_header(
         self,
@@ -381,13 +441,15 @@ class Replica:
         finite: Tensor | None,
         settings: object = (),
         fingerprint: int = 0,
+        own: Sequence[Tensor] | None = None,
     ) -> None:
+        told = self.flat.params if own is None else own
         mine = Header(
             kind=kind,
             step=self.step,
             h=self.h,
             busy=now - self._resumed,
-            square_norm=self.flat.square_norm() if self.track_drift else 0.0,
+            square_norm=square_norm(told) if self.track_drift else 0.0,
             loss=self.loss,
             settings=zlib.crc32(repr(settings).encode()),
             fingerprint=fingerprint,
@@ -426,11 +488,16 @@ class Replica:
             first.step, first.h, drift, losses, [waits.get(rank, math.nan) for rank in ranks]
         )
 
-    def _check_finite(self, headers: Mapping[int, Header], memory: Memory) -> None:
+    def _check_finite(
+        self, headers: Mapping[int, Header], memory: Memory, fragment: int | None = None
+    ) -> None:
         """Raise `NonFiniteError` if a rank brought NaN or infinity into what ``memory`` holds."""
         bad = [rank for rank, header in headers.items() if not header.finite]
+        if not bad:
+            return
         # A scan that overflows on finite values raises the flag too: only names make it an error.
-        names = memory.non_finite() if bad else []
+        whole = fragment is None
+        names = memory.non_finite() if whole else self._fragments.non_finite(fragment)
         if names:
             raise NonFiniteError(_brought(bad, headers[bad[0]].step, _few(names)))
 
@@ -459,6 +526,8 @@ class Replica:
     def relayout(self, flat: Flat, buffers: Buffers) -> None:
         """Take over another layout of the memory; nothing may be in flight."""
         self.flat, self.buffers, self._sent = flat, buffers, None
+        if self.fragments is not None:
+            self.fragments = Fragments(flat, self.fragments.number, self.fragments)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the round; nothing may be in flight."""
@@ -490,10 +559,11 @@ class Replica:
     def start_over(self) -> None:
         """Go back to step 0, as if no step had been made."""
         self.step = self.h = self.remaining = self.round = 0
+        self._square_spread = 0.0
         self._forget_round()
 
 
-_PLACE = ("step", "h", "remaining", "round", "_rates", "_losses")
+_PLACE = ("step", "h", "remaining", "round", "_rates", "_losses", "_square_spread")
 
 
 @dataclass
@@ -501,6 +571,9 @@ class _Flight:
     """A mean that was launched; ``ended`` is when it was first seen to have ended."""
 
     pending: Pending
+    sent: Memory
+    fragment: int | None
+    ends_round: bool
     launched: float
     ended: float | None = None
 

@@ -54,45 +54,53 @@ def mean_(
     total = (m - 1) * count  # messages of each half
     # Used again and again, so that it stays in the cache.
     spare = [whole.new_empty(min(length, size)) for _ in range(min(AHEAD, total))]
-    sent: tuple[list[Waitable], list[Waitable]] = ([], [])  # of each half
+    sent: list[Waitable] = []
+    arriving: list[Waitable] = []
 
-    def pass_on(chunk: Tensor, i: int) -> None:
-        sent[i >= total].append(to_next(chunk, i))
+    def pass_on(chunk: Tensor) -> None:
+        sent.append(to_next(chunk, len(sent)))
 
-    def arrival(i: int) -> Tensor:
-        """Where message ``i`` of the first half arrives."""
-        return spare[i % len(spare)][: len(shards[0][i % count])]
+    def expect() -> None:
+        """Begin to receive the next message: a sum in the first half, in the second a mean.
 
-    # A ring of sums; what is sent on is complete in the last step.
-    arriving = [from_last(arrival(i), i) for i in range(len(spare))]
-    for k, chunk in enumerate(shards[rank]):
-        pass_on(chunk, k)
-    for i in range(total):
+        So few at a time, and all along: what tells the rank before that it may send queues behind
+        the messages that this rank is sending.
+        """
+        i = len(arriving)
+        if i < total:
+            chunk = spare[i % len(spare)][: len(shards[0][i % count])]
+        elif i < 2 * total:
+            sent[i - total].wait()  # the mean arrives where this was sent from
+            step, k = divmod(i - total, count)
+            chunk = shards[(rank - step) % m][k]
+        else:
+            return
+        arriving.append(from_last(chunk, i))
+
+    for _ in spare:
+        expect()
+    for chunk in shards[rank]:
+        pass_on(chunk)
+    for i in range(total):  # a ring of sums; what is sent on is complete in the last step
         step, k = divmod(i, count)
         shard = (rank - step - 1) % m
-        chunk, other, place = shards[shard][k], arrival(i), shard * size + k * length
+        chunk, place = shards[shard][k], shard * size + k * length
+        other = spare[i % len(spare)][: len(chunk)]
         arriving[i].wait()
         a = min(max(first - place, 0), len(chunk))
         b = min(max(last - place, a), len(chunk))
         _add_divided(chunk[a:b], other[a:b], m, divided=step > 0)
         for part in (slice(a), slice(b, None)):
             chunk[part].add_(other[part])
-        pass_on(chunk, i + count)
-        if len(arriving) < total:
-            arriving.append(from_last(arrival(len(arriving)), len(arriving)))
-    # The means go around.
-    for work in sent[0]:
-        work.wait()  # means arrive where these were sent from; once, or it would wait for ever
-    means = []
-    for i in range(total):
-        step, k = divmod(i, count)
-        means.append(from_last(shards[(rank - step) % m][k], total + i))
-    for i, mean in enumerate(means):
-        mean.wait()
+        pass_on(chunk)
+        expect()
+    for i in range(total):  # the means go around
+        arriving[total + i].wait()
         if i + count < total:
             step, k = divmod(i, count)
-            pass_on(shards[(rank - step) % m][k], total + count + i)
-    for work in sent[1]:
+            pass_on(shards[(rank - step) % m][k])
+        expect()
+    for work in sent[total:]:  # a message is to be waited for once
         work.wait()
 
 

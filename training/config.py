@@ -98,7 +98,7 @@ class Config:
     h_base: int = _setting(4, "synchronisation", "least local steps per round; constant, post-local: H itself")
     h_max: int = _setting(-1, "synchronisation", "most local steps per round; -1: no cap")
     switch_step: int = _setting(-1, "synchronisation", "post-local, swap: step at which rounds lengthen")
-    sync: Literal["average", "hierarchical", "bmuf", "slowmo", "diloco", "easgd", "overlap", "cocod", "lsgd"] = _setting("average", "synchronisation", "how replicas synchronise")
+    sync: Literal["average", "hierarchical", "bmuf", "slowmo", "diloco", "easgd", "overlap", "cocod", "lsgd", "streaming"] = _setting("average", "synchronisation", "how replicas synchronise")
     sync_settings: dict[str, Any] = _setting({}, "synchronisation", "the rule's own settings, as README lists them; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
     buffers: Literal["keep", "average", "broadcast"] = _setting("keep", "synchronisation", "what a synchronisation does to the model's buffers")
     track_replicas: bool = _setting(False, "synchronisation", "record at each synchronisation how far replicas have parted, and the loss and waiting time of each")

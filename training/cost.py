@@ -27,6 +27,7 @@ from localopt import (
     OverlapLocalSGD,
     Period,
     Rule,
+    Streaming,
 )
 from localopt.buffers import Buffers
 from localopt.compression import codec
@@ -151,16 +152,15 @@ def _messages(
     """What every round's end sends, and what every so many send besides."""
     m = len(nodes)
     everyone = [range(m)]
+    parameters = PARAMETER * sum(p.numel() for p in model.parameters())
     if isinstance(rule, LSGD):
-        leader = PARAMETER * sum(p.numel() for p in model.parameters())
+        everywhere = _broadcast(everyone, parameters, nodes)
         if rule.group_size is None or rule.global_every is None:
-            return _broadcast(everyone, leader, nodes), Message(), 1
+            return everywhere, Message(), 1
         inside, _ = _split(config, m, rule.group_size)
-        return (
-            _broadcast(inside, leader, nodes),
-            _broadcast(everyone, leader, nodes),
-            rule.global_every,
-        )
+        return _broadcast(inside, parameters, nodes), everywhere, rule.global_every
+    if isinstance(rule, Streaming):
+        return _all_reduce(everyone, parameters, nodes), Message(), 1
     payload = _payload(config, rule, model)
     if isinstance(rule, HierarchicalAverage):
         inside, peers = _split(config, m, rule.group_size)
@@ -171,9 +171,8 @@ def _messages(
         return _all_reduce(inside, payload, nodes), across, rule.global_every
     compress = codec(getattr(rule, "compress", None))
     if compress is not None:
-        parameters = sum(p.numel() for p in model.parameters())
-        blocks = -(-parameters // compress.block)
-        beside = _all_reduce(everyone, payload - PARAMETER * parameters, nodes)
+        blocks = -(-parameters // PARAMETER // compress.block)
+        beside = _all_reduce(everyone, payload - parameters, nodes)
         return _in_shards(compress.size(blocks * compress.block), nodes) + beside, Message(), 1
     return _all_reduce(everyone, payload, nodes), Message(), 1
 
@@ -229,4 +228,6 @@ def _hides(rule: Rule) -> bool:
     """Whether the rule's collective runs behind the next round."""
     if isinstance(rule, EASGD):
         return not rule.pull if rule.overlap is None else rule.overlap
+    if isinstance(rule, Streaming):  # a fragment behind a part of the round: in all, the same
+        return rule.overlap
     return isinstance(rule, (OverlapLocalSGD, CoCoDSGD))

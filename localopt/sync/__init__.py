@@ -10,6 +10,7 @@ from .hierarchical import HierarchicalAverage
 from .leader import LSGD
 from .overlap import OverlapLocalSGD
 from .rule import Rule
+from .streaming import Streaming
 
 # By the name that a recipe gives.
 RULES: dict[str, Callable[..., Rule]] = {
@@ -22,6 +23,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "overlap": OverlapLocalSGD,
     "cocod": CoCoDSGD,
     "lsgd": LSGD,
+    "streaming": Streaming,
 }
 
 __all__ = [
@@ -37,4 +39,5 @@ __all__ = [
     "OverlapLocalSGD",
     "Rule",
     "SlowMo",
+    "Streaming",
 ]

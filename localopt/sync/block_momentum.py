@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from ..compression import ChangeMean, Codec, codec
-from .rule import Rule
+from .rule import Rule, check_outer_lr, check_outer_momentum
 
 
 @dataclass(eq=False, repr=False)
@@ -252,23 +252,13 @@ def DiLoCo(
 
 
 def _refuse_divergent(outer: Optimizer, group: dict[str, Any], heuristic: bool) -> None:
-    """Refuse an outer optimizer that climbs, and an SGD that diverges where rounds are long.
-
-    A long round reaches its optimum x*, and Δ = z - x*. Then z is stable for η < 1 and
-    ζ < 2 (1 + η), with Nesterov momentum ζ < 2 (1 + η) / (1 + 2 η).
-    """
+    """Refuse an outer optimizer that climbs, and an SGD that diverges where rounds are long."""
     if group.get("maximize"):
         raise ValueError(f"outer makes {type(outer).__name__} with maximize: it would climb")
     if not isinstance(outer, SGD):
         return
-    eta, zeta = float(group["momentum"]), float(group["lr"])
-    if not 0 <= eta < 1:
-        raise ValueError(f"the outer momentum is {eta}: it must lie in [0, 1), or it diverges")
+    momentum, nesterov = float(group["momentum"]), bool(group["nesterov"])
+    check_outer_momentum(momentum)
     if heuristic:
-        eta = 0.0 if not group["nesterov"] else 1.0  # the tightest bound over all m
-    bound = 2 * (1 + eta) / (1 + 2 * eta) if group["nesterov"] else 2 * (1 + eta)
-    if not 0 < zeta < bound:
-        raise ValueError(
-            f"the outer learning rate is {zeta}: with momentum {eta:g} it must lie between 0 and "
-            f"{bound:.3g}, or long rounds diverge"
-        )
+        momentum = 1.0 if nesterov else 0.0  # the tightest bound over all m
+    check_outer_lr(float(group["lr"]), momentum, nesterov=nesterov)

@@ -151,3 +151,23 @@ class Rule(ABC):
         self.replicas_agree = state["replicas_agree"]
         for name, vector in {**self._anchors, **self._momenta}.items():
             vector.load_state_dict(state["vectors"][name])
+
+
+def check_outer_momentum(eta: float) -> None:
+    """Raise `ValueError` for an outer SGD whose momentum η diverges."""
+    if not 0 <= eta < 1:
+        raise ValueError(f"the outer momentum is {eta}: it must lie in [0, 1), or it diverges")
+
+
+def check_outer_lr(zeta: float, eta: float, *, nesterov: bool) -> None:
+    """Raise `ValueError` for an outer SGD of rate ζ and momentum η that diverges on long rounds.
+
+    A long round reaches its optimum x*, and Δ = z - x*. Then z is stable for η < 1 and
+    ζ < 2 (1 + η), with Nesterov momentum ζ < 2 (1 + η) / (1 + 2 η).
+    """
+    bound = 2 * (1 + eta) / (1 + 2 * eta) if nesterov else 2 * (1 + eta)
+    if not 0 < zeta < bound:
+        raise ValueError(
+            f"the outer learning rate is {zeta}: with momentum {eta:g} it must lie between 0 and "
+            f"{bound:.3g}, or long rounds diverge"
+        )

@@ -190,6 +190,10 @@ class RuleOracle:
         """How many ranks, side by side, meet when the round ends."""
         return self.m
 
+    def drift(self, brought: Array, this: Round) -> Array:
+        """The spread of what the replicas bring, (m,)."""
+        return drift(brought, self.group_size(this))
+
 
 class GroupedOracle(RuleOracle):
     """All meet every ``global_every`` rounds, groups of ``group_size`` in those between; without
@@ -459,6 +463,60 @@ class CoCoD(RuleOracle):
         return x.mean(axis=0)
 
 
+class Streaming(RuleOracle):
+    """Douillard et al. 2025, arXiv 2501.18512: the parameters in fragments k = 0 … K - 1, of which
+    each is looked at after step ⌈(k + 1) H / K⌉ of a round, and used at once, or when the next
+    one is due: v ← μv + (z - x̄), z ← z - ζ(z - x̄ + μv), x_i ← (1 - α)x_i + αz.
+    """
+
+    def start(self, x0: Array) -> None:
+        self.z, self.v = x0.copy(), np.zeros_like(x0)
+        self.late: tuple[slice, Array] | None = None
+        self.square_drift = 0.0
+
+    def after_step(self, x: Array, this: Round) -> Array:
+        number, done = self.settings["fragments"], len(this.lrs)
+        cuts = [k * x.shape[1] // number for k in range(number + 1)]
+        for k in range(number):
+            if math.ceil((k + 1) * this.h / number) == done:
+                x = self.take(x)
+                part = slice(cuts[k], cuts[k + 1])
+                self.late = part, x[:, part].mean(axis=0)
+                if k == 0:
+                    self.square_drift = 0.0
+                self.square_drift += float(drift(x[:, part], self.m)[0] ** 2)
+                if not self.settings.get("overlap", False):
+                    x = self.take(x)
+        return x
+
+    def take(self, x: Array) -> Array:
+        if self.late is None:
+            return x
+        part, mean = self.late
+        zeta = self.settings.get("outer_lr", 1.0)
+        mu = self.settings.get("outer_momentum", 0.0)
+        alpha = self.settings.get("alpha", 0.5 if self.settings.get("overlap") else 1.0)
+        gradient = self.z[part] - mean
+        self.v[part] = mu * self.v[part] + gradient
+        self.z[part] -= zeta * (gradient + mu * self.v[part])
+        x = x.copy()
+        x[:, part] = (1 - alpha) * x[:, part] + alpha * self.z[part]
+        self.late = None
+        return x
+
+    def end_round(self, x: Array, this: Round) -> Array:
+        return x
+
+    def drift(self, brought: Array, this: Round) -> Array:
+        return np.full(self.m, math.sqrt(self.square_drift))
+
+    def finish(self, x: Array) -> Array:
+        if self.late is not None:  # it has arrived: the momentum goes on, the replicas are the mean
+            self.take(x)
+        self.z = x.mean(axis=0)
+        return self.z.copy()
+
+
 class Leader(GroupedOracle):
     """Teng et al. 2019, arXiv 1905.10395: x_i ← (1 - c)x_i + cL, L the replica with the lowest
     mean loss over the round; x_i ← x_i - (p/H)(x_i - L) after each inner step, L the last leader.
@@ -519,12 +577,14 @@ class Launches:
 
     Args:
         syncs: by the ends of successive rounds; these repeat.
+        steps: by the first two steps of a round of three.
         consensus: by consensus(), where replicas differ.
         agreeing: by consensus() where they agree, between rounds.
         finish: by finish().
     """
 
     syncs: Sequence[tuple[int, int]] = ((0, 1),)
+    steps: Sequence[tuple[int, int]] = ((0, 0), (0, 0))
     consensus: tuple[int, int] = (0, 1)
     agreeing: tuple[int, int] = (0, 0)
     finish: tuple[int, int] = (0, 1)
@@ -543,6 +603,10 @@ class Case:
         launches: a function of the number of replicas where that matters.
         delay: rounds that pass before a synchronisation is looked at: 1 where it overlaps with
             the round that follows.
+        coarse: relative error allowed with parameters of 32 bits; 0 for what others are.
+        out_of_step: step at which rank 0, in rounds of three, learns that rank 1 has made eight
+            and calls finish(); None: at a round's end, late by ``delay``.
+        bad: step at which, in rounds of two, they learn that rank 1 has brought NaN at the third.
     """
 
     oracle: type[RuleOracle]
@@ -552,6 +616,12 @@ class Case:
     launches: Launches | Callable[[int], Launches] = Launches()
     delay: int = 0
     coarse: float = 0.0
+    out_of_step: int | None = None
+    bad: int | None = None
+
+    def noticed_at(self) -> tuple[int, int]:
+        """``out_of_step`` and ``bad``, or what they are by default."""
+        return self.out_of_step or 9 + 3 * self.delay, self.bad or 4 + 2 * self.delay
 
     def settings_for(self, m: int) -> Settings:
         return self.settings(m) if callable(self.settings) else self.settings
@@ -617,6 +687,13 @@ def two_levels_of_means(group_size: Callable[[int], int], every: int) -> Any:
     return launches
 
 
+def streamed(first: int, second: int, last: int) -> Launches:
+    """Fragments by the steps of a round of three; finish() and consensus() exchange headers first,
+    in collectives as large as a fragment's."""
+    headers = (0, 2)
+    return Launches(((0, last),), ((0, first), (0, second)), headers, headers, headers)
+
+
 # Inner optimizers are shared out where a variant has nothing to do with them.
 CASES: dict[str, list[Case]] = {
     "Average": [
@@ -658,6 +735,39 @@ CASES: dict[str, list[Case]] = {
         Case(Overlap, {"alpha": 0.5, "beta": 0.4, "normalize_by_lr": True}, delay=1),
     ],
     "CoCoDSGD": [Case(CoCoD, {}, delay=1)],
+    "Streaming": [
+        Case(Streaming, {"fragments": 2}, launches=streamed(0, 1, 1), bad=3),
+        Case(
+            Streaming,
+            {"fragments": 3, "outer_lr": 0.7, "outer_momentum": 0.5},
+            ["AdamW"],
+            launches=streamed(1, 1, 1),
+            bad=3,
+        ),
+        Case(
+            Streaming,
+            {"fragments": 4, "overlap": True, "outer_lr": 0.8, "outer_momentum": 0.4},
+            launches=streamed(1, 1, 2),
+            delay=1,
+            out_of_step=9,
+            bad=3,
+        ),
+        Case(
+            Streaming,
+            {"fragments": 2, "overlap": True, "alpha": 0.8},
+            ["SGD"],
+            launches=streamed(0, 1, 1),
+            delay=1,
+            out_of_step=11,
+            bad=4,
+        ),
+        Case(
+            Streaming,
+            {"fragments": 1, "outer_lr": 0.7, "outer_momentum": 0.6},
+            ["SGD"],
+            launches=Launches(consensus=(0, 2), finish=(0, 2)),
+        ),
+    ],
     "LSGD": [
         Case(Leader, {}, launches=ONE_LEADER),
         Case(Leader, {"c": 0.4, "p": 0.0}, ["SGD"], launches=ONE_LEADER),
@@ -755,7 +865,7 @@ def simulate(
         if remaining == 0:
             before, x = x, rule.end_round(x, this)
             brought = x if rule.sends_result else before
-            seen.drifts.append(drift(brought, rule.group_size(this)))
+            seen.drifts.append(rule.drift(brought, this))
             seen.ends.append(step + 1)
         xs.append(x)
         consensus.append(rule.consensus(x))

@@ -58,7 +58,11 @@ def holdings() -> Holdings:
     )
 
 # Of the rules that have no defaults for them.
-SETTINGS = {"hierarchical": {"group_size": 2, "global_every": 3}, "slowmo": {"beta": 0.5}}
+SETTINGS = {
+    "hierarchical": {"group_size": 2, "global_every": 3},
+    "slowmo": {"beta": 0.5},
+    "streaming": {"fragments": 2, "overlap": True},
+}
 
 
 def soak(rank: int, world_size: int, rule: str, rounds: int) -> tuple[Holdings, Holdings]:

@@ -35,6 +35,7 @@ from localopt import (
     PostLocal,
     Rule,
     SlowMo,
+    Streaming,
 )
 from tests.dist import oracle, test_contract
 from tests.dist.ranks import outcomes_of, run
@@ -154,6 +155,46 @@ def test_oracles_of_block_momentum() -> None:
         z = z - zeta * gamma * u
     actual, _ = rounds_of(oracle.SlowMo, beta=eta, lr=zeta)
     assert np.allclose(actual[-1], z, rtol=0, atol=1e-13)
+
+
+def test_oracle_of_streaming() -> None:
+    """By elements: rows x_1 … x_m, z, v of a fragment; where it is not due, nothing but steps."""
+    fragments, h, mu, zeta, alpha = 3, 4, 0.6, 0.8, 0.7
+    mean = np.concatenate([ONE / M, [[0.0, 0.0]]], axis=1)
+    z, v = np.eye(M + 2)[M : M + 1], np.eye(M + 2)[M + 1 :]
+    new_v = mu * v + z - mean
+    new_z = z - zeta * (z - mean + mu * new_v)
+    moved = np.vstack([np.eye(M + 2)[:M], new_z, new_v])
+    pulled = np.eye(M + 2)
+    pulled[:M] = (1 - alpha) * np.eye(M + 2)[:M] + alpha * COLUMN @ z
+    due = {2: 0, 3: 1, 4: 2}  # after which steps of a round of four which of three
+    for overlap in (False, True):
+        rule = oracle.Streaming(
+            np.zeros(D), M, oracle.Sgd(), fragments=fragments, outer_lr=zeta, outer_momentum=mu,
+            alpha=alpha, overlap=overlap,
+        )  # fmt: skip
+        x, state = np.zeros((M, D)), np.zeros((M + 2, D))
+        flying = None
+        for step in range(12):
+            if step % h == 0:
+                this = oracle.Round(step // h, h)
+            this.lrs.append(0.1)
+            x = rule.after_step(x + ROUNDS[step % 5], this)
+            state[:M] += ROUNDS[step % 5]
+            k = due.get(step % h + 1)
+            if k is None:
+                continue
+            here = slice(2 * k, 2 * k + 2)  # D is 6
+            if overlap:
+                if flying is not None:
+                    there, arrived = flying
+                    state[M:, there] = arrived
+                    state[:, there] = pulled @ state[:, there]
+                flying = here, (moved @ state[:, here])[M:]
+            else:
+                state[:, here] = pulled @ moved @ state[:, here]
+            assert np.allclose(x, state[:M], rtol=0, atol=1e-13), (overlap, step)
+            assert abs(x).max() > 0.1
 
 
 def test_oracle_of_an_outer_adam() -> None:
@@ -292,6 +333,13 @@ SAME: dict[str, Pair] = {
     ),
     "so it is in one group": (lambda: HierarchicalAverage(M, 3), Average, {}, False),
     "so it is in groups of one": (lambda: HierarchicalAverage(1, 1), Average, {}, False),
+    "streaming one fragment is DiLoCo": (
+        lambda: Streaming(1, 0.7, 0.9), lambda: DiLoCo(0.7, 0.9), {}, False
+    ),
+    "without momentum and with rate 1 it is averaging": (lambda: Streaming(1), Average, {}, False),
+    "streaming any number of fragments at every step is DiLoCo at every step": (
+        lambda: Streaming(3, 0.7, 0.5), lambda: DiLoCo(0.7, 0.5), {"period": Constant(1)}, False
+    ),
     "leaders of groups of one, and of all every time, are leaders of all": (
         lambda: LSGD(1.0, 0.0, group_size=1, c_global=0.3, p_global=0.2, global_every=1),
         lambda: LSGD(0.3, 0.2), {}, False,
@@ -819,6 +867,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "pull > 1": (lambda: EASGD(pull=1.1), "pull is 1.1"),
     "pull NaN": (lambda: EASGD(pull=NAN), "pull is nan"),
     "overlap and pull": (lambda: EASGD(pull=0.1, overlap=True), "overlap with a pull"),
+    "no fragments": (lambda: Streaming(0), "fragments is 0: there must be at least 1"),
+    "half a fragment": (lambda: Streaming(0.5), "fragments is 0.5: it must be an integer"),
+    "streaming alpha 0": (lambda: Streaming(2, alpha=0.0), r"alpha is 0.0.* \(0, 1\]"),
+    "streaming alpha > 1": (lambda: Streaming(2, alpha=1.1), r"alpha is 1.1.* \(0, 1\]"),
+    "streaming momentum 1": (lambda: Streaming(2, outer_momentum=1.0), "outer momentum is 1.0"),
+    "streaming rate": (lambda: Streaming(2, 1.4, 0.9), "rate is 1.4.* 1.36"),
     "overlap alpha 1": (lambda: OverlapLocalSGD(alpha=1.0), r"alpha is 1.0.* \[0, 1\)"),
     "overlap alpha < 0": (lambda: OverlapLocalSGD(alpha=-0.1), r"alpha is -0.1.* \[0, 1\)"),
     "overlap beta 1": (lambda: OverlapLocalSGD(beta=1.0), r"beta is 1.0.* \[0, 1\)"),

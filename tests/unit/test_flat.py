@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from localopt import Constant, LocalSGD
-from localopt.flat import ALIGNMENT, Entry, Flat
+from localopt.flat import ALIGNMENT, Entry, Flat, Fragments
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -200,3 +200,45 @@ def test_loading_in_place_is_fine() -> None:
     model.to(torch.float32)
     optimizer.step()
     assert torch.equal(model.weight, other.weight)
+
+
+def cut(number: int, *sizes: int, before: Fragments | None = None) -> tuple[Flat, Fragments]:
+    flat = Flat([(f"p{i}", nn.Parameter(torch.zeros(n))) for i, n in enumerate(sizes)], [], 2)
+    for i, n in enumerate(sizes):
+        flat.views[f"p{i}"].copy_(torch.arange(n) + 100 * (i + 1))
+    return flat, Fragments(flat, number, before)
+
+
+def elements(flat: Flat, fragments: Fragments, k: int) -> list[float]:
+    """Of one fragment, without the gaps between parameters."""
+    (part,) = fragments.of(flat.params, k)
+    return [x for x in part.tolist() if x]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7, 40])
+def test_fragments_are_equal_and_make_up_the_whole(number: int) -> None:
+    """Fragment k has the elements ⌊k n / K⌋ to ⌊(k + 1) n / K⌋, over parameters' ends and gaps."""
+    flat, fragments = cut(number, 7, 1, 15, 0, 10)
+    whole = [x for x in flat.params[0].tolist() if x]
+    assert len(whole) == 33
+    for k in range(number):
+        expected = whole[k * 33 // number : (k + 1) * 33 // number]
+        assert elements(flat, fragments, k) == expected
+        assert fragments.mean(k)[0].shape == fragments.of(flat.params, k)[0].shape
+
+
+def test_later_parameters_are_in_the_last_fragment() -> None:
+    _, before = cut(3, 7, 1, 15, 0, 10)
+    flat, fragments = cut(3, 7, 1, 15, 0, 10, 5, before=before)
+    whole = [x for x in flat.params[0].tolist() if x]
+    told = [elements(flat, fragments, k) for k in range(3)]
+    assert told == [whole[:11], whole[11:22], whole[22:]]
+
+
+def test_non_finite_fragments_are_named() -> None:
+    flat, fragments = cut(3, 7, 1, 15, 0, 10)
+    flat.views["p2"][4] = float("nan")  # the 13th of 33: in the second fragment
+    for k, names in ((0, []), (1, ["p2"]), (2, [])):
+        for mean, own in zip(fragments.mean(k), fragments.of(flat.params, k), strict=True):
+            mean.copy_(own)
+        assert fragments.non_finite(k) == names

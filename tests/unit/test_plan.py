@@ -168,6 +168,10 @@ def test_overlap_hides_what_a_rounds_computing_covers() -> None:
     assert made.exposed(blocking) == pytest.approx(220 * seconds)
     for settings, hides in (("", True), ("pull=0.1", False), ("overlap=false", False)):
         assert scenario(f"{flags} --sync easgd --sync-settings {settings}")[1].hides is hides
+    for settings, hides in (("overlap=true", True), ("overlap=false", False)):
+        _, own = scenario(f"{flags} --sync streaming --sync-settings fragments=4 {settings}")
+        assert own.hides is hides
+        assert own.sent == made.scenarios[made.chosen].sent, "in all, fragments are the whole"
 
 
 def test_the_report_fits_the_terminal_and_names_what_matters() -> None:
