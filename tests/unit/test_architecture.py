@@ -101,6 +101,17 @@ def test_who_knows_whom(package: str) -> None:
     assert offences(files(package), *strangers) == []
 
 
+def test_from_scratch_is_from_scratch() -> None:
+    """Processes and pipes alone, but for the two that are there for comparison."""
+    paths = files("from_scratch")
+    assert offences(paths, "localopt", "training", "deepspeed") == []
+    built_in = ROOT / "from_scratch/ddp.py", ROOT / "from_scratch/data_parallel.py"
+    by_hand = [path for path in paths if path not in built_in]
+    assert len(by_hand) == len(paths) - 2
+    assert offences(by_hand, "torch.distributed", "torch.nn.parallel") == []
+    assert not any({"DataParallel", "DistributedDataParallel"} & set(named(p)) for p in by_hand)
+
+
 def test_main_is_the_training_program() -> None:
     strangers = ("from_scratch", "tests", "benchmarks", "experiments")
     assert offences(list(ROOT.glob("main.py")), *strangers) == []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
-from experiments import rules
+from experiments import from_scratch, rules
+from experiments.rules import read
 from experiments.statistics import mean_and_interval
 
 
@@ -28,3 +30,26 @@ def test_rows_are_kept_and_put_in_a_table(tmp_path) -> None:
     assert len(rules.read(path)) == 2
     line = rules.table(rules.read(path)).splitlines()[-1]
     assert line.startswith("| EASGD | 99.00 ± 12.71 % | 220 of 880 | 0 | 0.0 | 0.0 |")
+
+
+def test_the_time_to_an_accuracy() -> None:
+    epochs = [{"seconds": s, "accuracy": a} for s, a in ((2.0, 0.5), (1.0, 0.96), (1.0, 0.94))]
+    assert from_scratch.time_to(0.5, epochs) == 2.0
+    assert from_scratch.time_to(0.95, epochs) == 3.0
+    assert math.isnan(from_scratch.time_to(0.97, epochs))
+
+
+def test_the_tables_of_from_scratch(tmp_path) -> None:
+    path = tmp_path / "from_scratch.csv"
+    for seed, seconds in enumerate((1.0, 3.0)):
+        for case in (from_scratch.Case("ring_all_reduce", 2), from_scratch.Case("ddp", 4)):
+            row = dict.fromkeys(from_scratch.COLUMNS, 1) | case._asdict() | {
+                "seed": seed, "seconds": seconds, "cores": 2,
+                "target_seconds": math.nan if seed else 4, "bytes": None,
+            }  # fmt: skip
+            from_scratch.append(path, row)
+    first, second, third = re.findall(r"(?:^\|.*\n?)+", from_scratch.tables(read(path)), re.M)
+    assert "| ring_all_reduce | 2 | 100.00 ± 0.00 % | 2.000 ± 12.706 | 1.000 |" in first
+    assert "\n| 2 | 2.000 ± 12.706 | - | - | not reached in 1 of 2 | - | - |" in second
+    assert "\n| 4 | - | - | 2.000 ± 12.706 | - | - | not reached in 1 of 2 |" in second
+    assert "\n| 1438 | 2.000 ± 12.706 |" in third
