@@ -10,7 +10,6 @@ intervals (Student's t). Seconds need a machine that does nothing else.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from experiments.rules import read
+from experiments.rows import append, read
 from experiments.statistics import mean_and_interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,10 +32,6 @@ RESULTS = ROOT / "experiments" / "results" / "from_scratch.csv"
 EPOCHS = 12
 TARGET = 0.95  # of the test images: the time until then is measured
 WHOLE = 1438  # training images
-COLUMNS = (
-    "strategy", "processes", "train_size", "seed", "accuracy", "loss", "seconds", "compute",
-    "send", "wait", "bytes", "target_seconds", "epochs", "cores", "commit",
-)  # fmt: skip
 
 Row = dict[str, str]
 
@@ -129,17 +124,6 @@ def time_to(target: float, epochs: Sequence[dict[str, float]]) -> float:
         if epoch["accuracy"] >= target:
             return seconds
     return math.nan
-
-
-def append(path: Path, row: dict[str, object]) -> None:
-    """Add one row."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def tables(rows: list[Row]) -> str:

@@ -17,6 +17,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from experiments import communication, from_scratch, periods, rules
+from experiments.rows import read
 from experiments.small import RESULTS, Setting, rows_of
 from experiments.statistics import mean_and_interval
 
@@ -34,13 +35,13 @@ def main() -> None:
     plot_accuracies(when, periods.NAMES, RESULTS / "periods.png")
     plot_hs(setting, RESULTS / "hs.png")
     plot_accuracies(how, list(communication.RULES), RESULTS / "communication.png")
-    taught = from_scratch.read(from_scratch.RESULTS)
+    taught = read(from_scratch.RESULTS)
     plot_workers(taught, RESULTS / "from_scratch.png")
     text = TEXT.format(
         periods=periods.table(when, setting),
         communication=communication.table(how, setting),
         from_scratch=from_scratch.tables(taught),
-        rules=rules.table(rules.read(rules.RESULTS)),
+        rules=rules.table(read(rules.RESULTS)),
         commits=", ".join(sorted({row["commit"] for row in [*when, *how, *taught]})),
     )
     PAGE.write_text(text, encoding="utf-8")

@@ -9,7 +9,6 @@ are there are not run again. Prints means with 95 % confidence intervals (Studen
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.rows import append, read
 from experiments.statistics import mean_and_interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,10 +52,6 @@ RULES: dict[str, tuple[str, list[str]]] = {
     "Streaming": ("streaming", ["--sync-settings", "fragments=4"]),
     "Streaming, overlapped": ("streaming", []),
 }
-COLUMNS = (
-    "rule", "replicas", "seed", "top1", "loss", "steps", "syncs", "bytes", "exposed", "hidden",
-    "seconds", "commit",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -109,25 +105,6 @@ def measure(rule: str, replicas: int, seed: int) -> dict[str, object]:
         "seconds": summary["train_seconds"],
         "commit": environment["commit"],
     }
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows so far."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, row: dict[str, object]) -> None:
-    """Add one row."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -7,9 +7,7 @@ same weights, see the same batches and have the same labels wrong.
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, multiprocessing, nn
 from torch.nn.functional import cross_entropy
 
+from experiments.rows import append, read
 from localopt import LocalSGD, Period, Rule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +75,6 @@ def run_missing(
     done = {(row["name"], int(row["seed"])) for row in rows_of(out, setting)}
     missing = [run for run in wanted if run not in done]
     if missing:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as meeting:
             given = (setting, make, missing, out, f"file://{meeting}/store")
             multiprocessing.spawn(_replica, given, nprocs=REPLICAS)
@@ -93,7 +91,7 @@ def _replica(
     for done, (name, seed) in enumerate(missing):
         found = train(setting, *make(setting, name), seed, rank)
         if rank == 0:
-            _append(out, {"name": name, "seed": seed, **found, **asdict(setting), "commit": commit})
+            append(out, {"name": name, "seed": seed, **found, **asdict(setting), "commit": commit})
             print(f"\r{done + 1}/{len(missing)} ", end="", flush=True)
     dist.barrier()
     dist.destroy_process_group()
@@ -161,19 +159,5 @@ def split(setting: Setting, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def rows_of(path: Path, setting: Setting) -> list[dict[str, str]]:
     """The rows so far that are of this setting."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(path)
     return [row for row in rows if all(row[k] == str(v) for k, v in asdict(setting).items())]
-
-
-def _append(path: Path, row: Row) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-        file.flush()
-        os.fsync(file.fileno())
