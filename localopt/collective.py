@@ -21,7 +21,7 @@ from torch import Tensor
 from . import ring
 
 RING_BYTES = 2**22  # below which one all_reduce is faster than a ring of messages
-_TAG = 0x10CA10  # of a ring's first message: far from those that a user would choose
+_TAG = 0x10CA10  # of the first message: far from those that a user would choose
 
 
 @dataclass
@@ -241,11 +241,25 @@ class Collective:
         if self.world_size == 1:
             return shards, 0
         # gloo exchanges what is in the host's memory only.
-        held = shards.cpu() if dist.get_backend(self.group) == "gloo" else shards
+        by_messages = dist.get_backend(self.group) == "gloo"
+        held = shards.cpu() if by_messages else shards
         got = torch.empty_like(held)
         with waiting:
-            dist.all_to_all_single(got, held, group=self.group)
+            if by_messages:
+                self._exchange(held, got)
+            else:
+                dist.all_to_all_single(got, held, group=self.group)
         return got.to(shards.device), shards.nbytes * (self.world_size - 1) // self.world_size
+
+    def _exchange(self, shards: Tensor, got: Tensor) -> None:
+        """gloo's own all_to_all may send before it tells others that it will receive: what tells
+        them queues behind that, and a slow link works in one direction at a time."""
+        others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
+        works = [dist.irecv(got[j], group=self.group, tag=_TAG, group_src=j) for j in others]
+        works += [dist.isend(shards[j], group=self.group, tag=_TAG, group_dst=j) for j in others]
+        got[self.rank] = shards[self.rank]
+        for work in works:
+            work.wait()
 
     def gather_shards_(self, shards: Tensor) -> int:
         """Replace row j of ``shards`` (m, n) by rank j's row j, in place; return the bytes sent."""
