@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks._link import Here, capped_link, run_on
-from benchmarks.sync import Way, held, peak, timed
+from benchmarks.sync import Way, held, peak, timed, trim
 from localopt import Constant, LocalSGD
 
 OURS, BARE = "localopt, Average", "bare all_reduce"
@@ -41,8 +41,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--ranks-size", type=float, default=64, metavar="MB")
     parser.add_argument("--megabits", type=float, nargs="+", default=[100.0, 1000.0])
-    parser.add_argument("--link-sizes", type=float, nargs="+", default=[0.25, 1, 4, 16],
-                        metavar="MB")  # fmt: skip
+    parser.add_argument("--link-seconds", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.8, 1.6],
+                        metavar="S", help="sizes, as what a link carries in so many seconds")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--short", action="store_true", help="small sizes, three repeats")
@@ -50,19 +50,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.short:
         options.sizes, options.ranks, options.ranks_size = [1, 4], [2, 4], 1
-        options.megabits, options.link_sizes, options.repeats = [1000.0], [0.25, 1], 3
+        options.megabits, options.link_seconds, options.repeats = [1000.0], [0.1, 0.2], 3
     if options.worker:
         worker(options)
         return
     here = on([Here()] * 2, options.sizes, options.repeats)
-    print(f"Two ranks on this machine; medians of {options.repeats}\n")
+    print(f"Two ranks on this machine; medians of {options.repeats}, of more below 64 MB\n")
     print(by_size(here), "\n")
     print(f"{options.ranks_size:g} MB, by ranks on this machine's {os.cpu_count()} cores\n")
     print(by_ranks(options), "\n")
     links = {"this machine": here}
     for megabits in options.megabits:
         with capped_link(megabits) as hosts:
-            links[f"{megabits:g} Mbit/s"] = on(hosts, options.link_sizes, options.repeats)
+            sizes = [megabits / 8 * seconds for seconds in options.link_seconds]
+            links[f"{megabits:g} Mbit/s"] = on(hosts, sizes, options.repeats)
     print("t = α + β b over two ranks, b bytes sent by each\n")
     print(fits(links))
     if options.plot:
@@ -81,11 +82,13 @@ def worker(options: argparse.Namespace) -> None:
     seen: Seen = {}
     for megabytes in options.sizes:
         elements = int(megabytes * 1e6 / 4)
+        trim()
         before = held("VmRSS")
         parameters = [
             nn.Parameter(torch.ones(n)) for n in pieces(elements, min(PIECE // 4, elements // 4))
         ]
         optimizer = LocalSGD(parameters, period=Constant(1))
+        trim()
         flat = held("VmRSS") - before
         bare = torch.ones(elements)
         ways = {
@@ -97,7 +100,8 @@ def worker(options: argparse.Namespace) -> None:
             way.touch()
             way.run()
             growth[name] = peak(way)
-        seconds = {name: [timed(way) for _ in range(options.repeats)] for name, way in ways.items()}
+        repeats = max(options.repeats, int(200 / megabytes))
+        seconds = {name: [timed(way) for _ in range(repeats)] for name, way in ways.items()}
         seen[f"{megabytes:g}"] = {
             **{name: statistics.median(values) for name, values in seconds.items()},
             "flat": flat / 1024, "peak": growth[OURS], "peak, bare": growth[BARE],

@@ -120,11 +120,16 @@ def timed(way: Way) -> float:
 
 def peak(way: Way) -> float:
     """MiB that this process held at most beyond what it held before."""
-    ctypes.CDLL(None).malloc_trim(0)  # what others have left would hide it
+    trim()
     Path("/proc/self/clear_refs").write_text("5")
     before = held("VmRSS")
     way.run()
     return (held("VmHWM") - before) / 1024
+
+
+def trim() -> None:
+    """Give back what has been freed: it would hide what is taken next."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def held(field: str) -> int:
