@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--ranks-size", type=float, default=64, metavar="MB")
     parser.add_argument("--megabits", type=float, nargs="+", default=[100.0, 1000.0])
     parser.add_argument("--link-seconds", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.8, 1.6],
-                        metavar="S", help="sizes, as what a link carries in so many seconds")  # fmt: skip
+                        metavar="S", help="sizes, as what a link carries meanwhile")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--short", action="store_true", help="small sizes, three repeats")
