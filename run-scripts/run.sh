@@ -6,7 +6,7 @@
 #   run-scripts/run.sh recipe/vit-b-localadamw-cosine.yml --plan    # what it would cost; trains nothing
 #
 # HOSTFILE=file names another hostfile. RESTARTS=n starts a run that has crashed again, from its newest
-# checkpoint, up to n times.
+# checkpoint, up to n times. REPORT=1 draws the run when it is over, and says where the page is.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,6 +14,7 @@ python=.venv/bin/python
 grace=60 # seconds between the first signal and the last
 hostfile=${HOSTFILE:-hostfile}
 restarts=${RESTARTS:-0}
+started=$EPOCHSECONDS
 die() { echo "run.sh: $*" >&2; exit 2; }
 
 [[ $# -gt 0 && $1 != -* ]] || die "give a recipe first, such as recipe/digits-resnet-sgd.yml"
@@ -50,8 +51,8 @@ for flag in "$@"; do
     esac
 done
 
-# Where main.py will look for its data set. Asking also finds a wrong flag or hostfile now, not later
-# once per rank.
+# Where main.py will look for its data set, and put the run. Asking also finds a wrong flag or hostfile
+# now, not later once per rank.
 ask='
 import os, sys
 from training.config import ConfigError, absolute, load
@@ -59,11 +60,12 @@ from training.plan import slots_of
 try:
     slots_of(sys.argv[1])
     config = load(sys.argv[2:])
-    print(absolute(config.data_pth) / config.data)
+    print(absolute(config.data_pth) / config.data, absolute(config.log_pth), sep="\n")
 except ConfigError as problem:
     print(f"run.sh: {problem}", file=sys.stderr)
     sys.exit(2)'
-data=$("$python" -c "$ask" "$hostfile" "${settings[@]}") || exit
+places=$("$python" -c "$ask" "$hostfile" "${settings[@]}") || exit
+data=${places%%$'\n'*} runs=${places#*$'\n'}
 [[ $data != */digits || -e $data/dataset.json ]] || "$python" -m data.write digits --out "$data"
 
 launch=(--quiet --hostfile "$hostfile")
@@ -112,6 +114,15 @@ stop() { # STATUS
     exit "$1"
 }
 
+draw() { # whatever comes of it, the run has succeeded
+    local run
+    trap 'exit 0' HUP INT TERM
+    run=$(find "$runs" -mindepth 2 -maxdepth 2 -name summary.json -newermt "@$started" \
+        -printf '%T@ %h\n' | sort -n | tail -n 1 | cut -d ' ' -f 2-) || true
+    [[ -z $run ]] || timeout --foreground --kill-after=5 60 "$python" -m training.report "$run" ||
+        echo "run.sh: no report of $run, whose training has succeeded" >&2
+}
+
 trap 'rm -f ${temporary:+"$temporary"}' EXIT
 while :; do
     trap 'stop 129' HUP
@@ -132,6 +143,7 @@ print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
     fi
     ((status == 0)) || signal TERM
     end
+    ((status)) || [[ -z ${REPORT-} ]] || draw
     # 2: a setting that cannot be; 130, 143: it was asked to stop.
     case $status in 0 | 2 | 130 | 143) exit "$status" ;; esac
     ((restarts-- > 0)) || exit "$status"

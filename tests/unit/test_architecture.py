@@ -169,6 +169,14 @@ def test_deepspeed_appears_in_one_module() -> None:
     assert offences(paths, "deepspeed") == []
 
 
+def test_matplotlib_appears_in_one_module() -> None:
+    """Training does not need it: whoever draws is asked for by nobody else."""
+    home = ROOT / "training/report"
+    paths = [path for package in OURS for path in files(package)] + [ROOT / "main.py"]
+    assert offences([p for p in paths if p != home / "draw.py"], "matplotlib") == []
+    assert offences([p for p in paths if home not in p.parents], "training.report") == []
+
+
 def test_localopt_does_not_read_the_environment() -> None:
     for path in files("localopt"):
         assert not {"environ", "environb", "getenv"} & set(named(path)), path.relative_to(ROOT)

@@ -1,0 +1,4 @@
+"""Runs in pictures, from what they recorded: ``python -m training.report RUN [RUN …] --out DIR``.
+
+A page that needs nothing beside it, and the same charts as PNGs.
+"""
