@@ -2,7 +2,7 @@
 
     python -m experiments.page
 
-From the rows in results/*.csv alone; trains nothing. Needs matplotlib.
+From the rows in results/*.csv and the words in page.md; trains nothing. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from experiments.rows import read
 from experiments.small import RESULTS, Setting, rows_of
 from experiments.statistics import mean_and_interval
 
-PAGE = Path(__file__).with_name("README.md")
+PAGE, WORDS = (Path(__file__).with_name(name) for name in ("README.md", "page.md"))
 # Okabe and Ito's, which colour-blind people tell apart.
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
@@ -37,7 +37,7 @@ def main() -> None:
     plot_accuracies(how, list(communication.RULES), RESULTS / "communication.png")
     taught = read(from_scratch.RESULTS)
     plot_workers(taught, RESULTS / "from_scratch.png")
-    text = TEXT.format(
+    text = WORDS.read_text(encoding="utf-8").format(
         periods=periods.table(when, setting),
         communication=communication.table(how, setting),
         from_scratch=from_scratch.tables(taught),
@@ -102,12 +102,6 @@ def _save(figure: pyplot.Figure, axes: Axes, path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
 
-
-TEXT = """\
-# Experiments
-
-EDIT
-"""
 
 if __name__ == "__main__":
     main()
