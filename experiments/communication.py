@@ -4,8 +4,8 @@
     python -m experiments.communication --seeds 0 1 --steps 600 --out /tmp/communication.csv
 
 On `experiments.small`. H is 16 for a rule that sends what averaging sends, and less or more for one
-that sends more or less, so that over the run each replica sends about as many bytes. Settings are
-the rules' defaults, or published ones. Rows go to results/communication.csv, and those that are
+that sends more or less, so that over the run each replica sends about as many bytes; "same H" shows
+what compression alone does. Settings are the rules' defaults, or published ones. Rows go to results/communication.csv, and those that are
 there are not run again. Intervals are Student's t, 95 %; differences are of equal seeds.
 """
 
@@ -41,8 +41,11 @@ RULES: dict[str, tuple[int, Callable[[], Rule]]] = {  # H, and the rule
     "Average": (16, Average),
     "Average, bf16": (8, lambda: Average(compress="bf16")),
     "Average, int8": (4, lambda: Average(compress="int8")),
+    "Average, bf16, same H": (16, lambda: Average(compress="bf16")),
+    "Average, int8, same H": (16, lambda: Average(compress="int8")),
     "HierarchicalAverage(2, 4)": (14, lambda: HierarchicalAverage(2, 4)),
     "BMUF": (16, BMUF),
+    "BMUF, int8, same H": (16, lambda: BMUF(compress="int8")),
     "SlowMo(0.5)": (16, lambda: SlowMo(0.5)),
     "DiLoCo": (16, DiLoCo),
     "EASGD": (16, EASGD),

@@ -44,7 +44,7 @@ class Setting:
 
     images: int = 400
     noise: float = 0.2
-    steps: int = 6000
+    steps: int = 3000
     warmup: int = 100
     peak_lr: float = 0.1
     momentum: float = 0.9

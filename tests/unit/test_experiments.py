@@ -79,5 +79,5 @@ def test_tables_of_the_small_problem() -> None:
         for seed in (0, 1)
     ]  # fmt: skip
     line = "| 57.00 ± 63.53 | +2.00 ± 0.00 |"
-    assert f"| H ∝ η⁻¹ {line} 1.000 | 10 of 6,000 | 4 |" in periods.table(rows, setting)
+    assert f"| H ∝ η⁻¹ {line} 1.000 | 10 of 3,000 | 4 |" in periods.table(rows, setting)
     assert f"| EASGD | 16 | 2.0 {line} 0.500 |" in communication.table(rows, setting)
