@@ -5,8 +5,9 @@
 
 On `experiments.small`. H is 16 for a rule that sends what averaging sends, and less or more for one
 that sends more or less, so that over the run each replica sends about as many bytes; "same H" shows
-what compression alone does. Settings are the rules' defaults, or published ones. Rows go to results/communication.csv, and those that are
-there are not run again. Intervals are Student's t, 95 %; differences are of equal seeds.
+what compression alone does. Settings are the rules' defaults, or published ones. Rows go to
+results/communication.csv, and those that are there are not run again. Intervals are Student's t,
+95 %; differences are of equal seeds.
 """
 
 from __future__ import annotations
