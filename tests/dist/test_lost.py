@@ -127,7 +127,7 @@ def launched(command: list[str], flags: tuple[str, ...], log: Path) -> subproces
     with log.open("w") as file:
         return subprocess.Popen(
             [*command, *flags], cwd=ROOT, text=True, stdout=file, stderr=subprocess.STDOUT,
-            env=os.environ | {"RESTARTS": "2"},
+            env=os.environ | {"RESTARTS": "2", "REPORT": "1"},
         )  # fmt: skip
 
 
@@ -159,6 +159,7 @@ def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int
 
 
 def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
+    """And draws it when it is over."""
     recipe = "recipe/digits-resnet-localsgd-qsr.yml"
     given = (*flags, "--epochs", "4", "--alpha", "1")
     command = [str(ROOT / "run-scripts/run.sh"), recipe]
@@ -171,6 +172,8 @@ def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "summary.json").exists()
     assert max(checkpoint.found(folder / "checkpoints")) == 80
+    page = folder / "report" / "report.html"
+    assert page.exists() and f"{page}: 1 run" in told
 
 
 @pytest.mark.parametrize(
