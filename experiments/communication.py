@@ -12,13 +12,18 @@ results/communication.csv, and those that are there are not run again. Intervals
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
-from experiments.small import RESULTS, Setting, rows_of, run_missing
-from experiments.statistics import difference, interval
+from experiments.small import (
+    RESULTS,
+    Setting,
+    by_name,
+    compared,
+    parser,
+    run_missing,
+    setting_of,
+)
 from localopt import (
     BMUF,
     EASGD,
@@ -59,16 +64,9 @@ RULES: dict[str, tuple[int, Callable[[], Rule]]] = {  # H, and the rule
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    for name, value in vars(Setting()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    setting = Setting(**{name: getattr(options, name) for name in vars(Setting())})
-    wanted = [(name, seed) for seed in options.seeds for name in RULES]
-    run_missing(setting, made, wanted, options.out)
-    print(table(rows_of(options.out, setting), setting))
+    options = parser(__doc__.splitlines()[0], OUT, seeds=5).parse_args()
+    setting, wanted = setting_of(options), [(n, seed) for seed in options.seeds for n in RULES]
+    print(table(run_missing(setting, made, wanted, options.out), setting))
 
 
 def made(setting: Setting, name: str) -> tuple[Period, Rule]:
@@ -78,25 +76,22 @@ def made(setting: Setting, name: str) -> tuple[Period, Rule]:
 
 def table(rows: list[dict[str, str]], setting: Setting) -> str:
     """Means over the seeds, and differences to data-parallel, in points."""
-    by_name = {n: {row["seed"]: row for row in rows if row["name"] == n} for n in RULES}
-    seeds = max(map(len, by_name.values()))
+    found = by_name(rows, RULES)
     lines = [
-        f"{setting.told()}; {seeds} seeds",
+        f"{setting.told()}; {max(map(len, found.values()), default=0)} seeds",
         "",
         "| rule | H | MB sent per replica | test accuracy, % | minus data-parallel's, points | "
         "drift |",
         "|---|---|---|---|---|---|",
     ]
-    for name, runs in by_name.items():
-        if not runs:
-            continue
-        accuracies = [100 * float(row["top1"]) for row in runs.values()]
-        drift = statistics.fmean(float(row["drift"]) for row in runs.values())
-        sent = statistics.fmean(float(row["sent"]) for row in runs.values())
-        apart = "" if name == DATA_PARALLEL else difference(runs, by_name[DATA_PARALLEL])
+    for name, runs in found.items():
+        drift, sent = (
+            statistics.fmean(float(row[column]) for row in runs.values())
+            for column in ("drift", "sent")
+        )
         lines.append(
-            f"| {name} | {RULES[name][0]} | {sent / 1e6:.1f} | {interval(accuracies, '.2f')} | "
-            f"{apart} | {drift:.3f} |"
+            f"| {name} | {RULES[name][0]} | {sent / 1e6:.1f} | "
+            f"{compared(runs, found.get(DATA_PARALLEL, {}))} | {drift:.3f} |"
         )
     return "\n".join(lines)
 

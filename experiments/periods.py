@@ -11,15 +11,19 @@ that are there are not run again. Intervals are Student's t, 95 %; differences a
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
-from experiments.small import RESULTS, Setting, rows_of, run_missing
-from experiments.statistics import difference, interval
+from experiments.small import (
+    RESULTS,
+    Setting,
+    by_name,
+    compared,
+    parser,
+    run_missing,
+    setting_of,
+)
 from localopt import QSR, Constant, Period, PostLocal, PowerRule
 
 OUT = RESULTS / "periods.csv"
@@ -29,27 +33,19 @@ ALPHA, BASE = 0.2, 4  # QSR's
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    for name, value in vars(Setting()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument("--alpha", type=float, default=ALPHA)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    setting = Setting(**{name: getattr(options, name) for name in vars(Setting())})
-    wanted = [(name, seed) for seed in options.seeds for name in NAMES]
-    run_missing(setting, partial(made, options.alpha), wanted, options.out)
-    print(table(rows_of(options.out, setting), setting))
+    options = parser(__doc__.splitlines()[0], OUT, seeds=8).parse_args()
+    setting, wanted = setting_of(options), [(n, seed) for seed in options.seeds for n in NAMES]
+    print(table(run_missing(setting, made, wanted, options.out), setting))
 
 
-def made(alpha: float, setting: Setting, name: str) -> tuple[Period, None]:
-    return periods(setting, alpha)[name], None
+def made(setting: Setting, name: str) -> tuple[Period, None]:
+    return periods(setting)[name], None
 
 
-def periods(setting: Setting, alpha: float = ALPHA) -> dict[str, Period]:
+def periods(setting: Setting) -> dict[str, Period]:
     """By name; all but data-parallel have as many rounds as QSR, or nearly."""
     common = {"total_steps": setting.steps, "warmup_steps": setting.warmup}
-    qsr = QSR(alpha, BASE, **common)
+    qsr = QSR(ALPHA, BASE, **common)
     rounds = len(hs(qsr, setting))
     slow, fast = (
         fitted(lambda a, p=p: PowerRule(a, BASE, p, **common), setting, rounds) for p in (1, 3)
@@ -85,25 +81,20 @@ def fitted(make: Callable[[float], Period], setting: Setting, rounds: int) -> Pe
 
 def table(rows: list[dict[str, str]], setting: Setting) -> str:
     """Means over the seeds, and differences to data-parallel, in points."""
-    by_name = {n: {row["seed"]: row for row in rows if row["name"] == n} for n in NAMES}
-    seeds = max(map(len, by_name.values()))
+    found = by_name(rows, NAMES)
     lines = [
-        f"{setting.told()}; {seeds} seeds",
+        f"{setting.told()}; {max(map(len, found.values()), default=0)} seeds",
         "",
         "| period | test accuracy, % | minus data-parallel's, points | training loss | "
         "synchronisations | longest H |",
         "|---|---|---|---|---|---|",
     ]
-    for name, runs in by_name.items():
-        if not runs:
-            continue
-        accuracies = [100 * float(row["top1"]) for row in runs.values()]
+    for name, runs in found.items():
         loss = statistics.fmean(float(row["train_loss"]) for row in runs.values())
-        apart = "" if name == DATA_PARALLEL else difference(runs, by_name[DATA_PARALLEL])
         one = next(iter(runs.values()))
         lines.append(
-            f"| {name} | {interval(accuracies, '.2f')} | {apart} | "
-            f"{loss:.3f} | {int(one['syncs']):,} of {setting.steps:,} | {int(one['longest']):,} |"
+            f"| {name} | {compared(runs, found.get(DATA_PARALLEL, {}))} | {loss:.3f} | "
+            f"{int(one['syncs']):,} of {setting.steps:,} | {int(one['longest']):,} |"
         )
     return "\n".join(lines)
 

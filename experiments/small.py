@@ -7,10 +7,11 @@ same weights, see the same batches and have the same labels wrong.
 
 from __future__ import annotations
 
+import argparse
 import math
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn.functional import cross_entropy
 
 from experiments.rows import append, read
+from experiments.statistics import difference, interval
 from localopt import LocalSGD, Period, Rule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +64,24 @@ class Setting:
             f"{self.images} images, {self.noise:.0%} wrong labels, {self.steps:,} steps of "
             f"{REPLICAS} × {self.batch} images, peak rate {self.peak_lr:g}"
         )
+
+
+Runs = dict[str, dict[str, str]]  # rows by seed
+
+
+def parser(description: str, out: Path, seeds: int) -> argparse.ArgumentParser:
+    """The flags that every study has: seeds, the setting's, and where its rows go."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--seeds", type=int, nargs="+", default=list(range(seeds)))
+    for name, value in asdict(Setting()).items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    made.add_argument("--out", type=Path, default=out)
+    return made
+
+
+def setting_of(options: argparse.Namespace) -> Setting:
+    """The setting that the flags ask for."""
+    return Setting(**{name: getattr(options, name) for name in asdict(Setting())})
 
 
 # What a study runs: a period and a rule, from the name in its table.
@@ -161,3 +181,15 @@ def rows_of(path: Path, setting: Setting) -> list[dict[str, str]]:
     """The rows so far that are of this setting."""
     rows = read(path)
     return [row for row in rows if all(row[k] == str(v) for k, v in asdict(setting).items())]
+
+
+def by_name(rows: Sequence[Mapping[str, str]], names: Iterable[str]) -> dict[str, Runs]:
+    """The runs of each name that has any."""
+    found = {name: {r["seed"]: dict(r) for r in rows if r["name"] == name} for name in names}
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def compared(runs: Runs, base: Runs) -> str:
+    """Two cells of a table: test accuracy, and by how much it is above that of the same seeds."""
+    mean = interval([100 * float(row["top1"]) for row in runs.values()], ".2f")
+    return f"{mean} | {'' if runs is base else difference(runs, base)}"
