@@ -312,7 +312,9 @@ def test_stopped(victim: int, waits: bool) -> None:
         time.sleep(0.35)
         run.send(victim, STOP)
         codes = run.codes(victim)
-        assert codes == [None if rank == victim else 3 for rank in range(3)]
+        assert codes.pop(victim) is None
+        # Once one has ended, the other's collective may fail before its own watch has decided.
+        assert 3 in codes and set(codes) <= ({1, 3} if waits else {3}), codes
         verdicts = run.verdicts()
         assert 1 <= len(verdicts) <= (2 if victim == 0 else 1)
         for line in verdicts:
