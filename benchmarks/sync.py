@@ -145,7 +145,9 @@ def network(name: str) -> nn.Module:
 def ours(name: str) -> dict[str, Way]:
     def way(**options: object) -> Way:
         parameters = list(network(name).parameters())
-        return Way(LocalSGD(parameters, period=Constant(1), **options).average, parameters)
+        optimizer = LocalSGD(parameters, period=Constant(1), **options)
+        optimizer.average()  # rules with an anchor begin where they were built
+        return Way(optimizer.average, parameters)
 
     return {
         "localopt, Average, check_finite=False": way(check_finite=False),
