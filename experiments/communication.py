@@ -20,6 +20,7 @@ from experiments.small import (
     Setting,
     by_name,
     compared,
+    heading,
     parser,
     run_missing,
     setting_of,
@@ -78,7 +79,7 @@ def table(rows: list[dict[str, str]], setting: Setting) -> str:
     """Means over the seeds, and differences to data-parallel, in points."""
     found = by_name(rows, RULES)
     lines = [
-        f"{setting.told()}; {max(map(len, found.values()), default=0)} seeds",
+        heading(setting, found),
         "",
         "| rule | H | MB sent per replica | test accuracy, % | minus data-parallel's, points | "
         "drift |",

@@ -20,6 +20,7 @@ from experiments.small import (
     Setting,
     by_name,
     compared,
+    heading,
     parser,
     run_missing,
     setting_of,
@@ -83,7 +84,7 @@ def table(rows: list[dict[str, str]], setting: Setting) -> str:
     """Means over the seeds, and differences to data-parallel, in points."""
     found = by_name(rows, NAMES)
     lines = [
-        f"{setting.told()}; {max(map(len, found.values()), default=0)} seeds",
+        heading(setting, found),
         "",
         "| period | test accuracy, % | minus data-parallel's, points | training loss | "
         "synchronisations | longest H |",

@@ -189,6 +189,13 @@ def by_name(rows: Sequence[Mapping[str, str]], names: Iterable[str]) -> dict[str
     return {name: runs for name, runs in found.items() if runs}
 
 
+def heading(setting: Setting, found: Mapping[str, Runs]) -> str:
+    """The line above a table: the setting, and how many seeds each line has."""
+    counts = sorted({len(runs) for runs in found.values()}) or [0]
+    several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    return f"{setting.told()}; {several} seeds"
+
+
 def compared(runs: Runs, base: Runs) -> str:
     """Two cells of a table: test accuracy, and by how much it is above that of the same seeds."""
     mean = interval([100 * float(row["top1"]) for row in runs.values()], ".2f")
