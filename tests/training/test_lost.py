@@ -1,0 +1,229 @@
+"""A rank that dies, hangs, fails or differs ends the run on all; a signal stops it in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.program import ROOT, Running
+from training import checkpoint
+
+FAULTY = ROOT / "tests/training/faulty.py"
+
+
+@pytest.fixture
+def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
+    return (
+        "--data-pth", data, "--log-pth", str(tmp_path / "runs"), "--epochs", "1000",
+        "--steps-per-epoch", "20", "--device", "cpu", "--period", "constant", "--h-base", "4",
+        "--save-steps", "10", "--log-freq", "5", "--dead-after", "3", "--stall-after", "6",
+    )  # fmt: skip
+
+
+def at_work(running: Running, tmp_path: Path) -> None:
+    """Wait for the first checkpoint."""
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("runs/*/checkpoints/step-*")):
+        assert running.alive() and time.monotonic() < deadline, running.ended(1).errors
+        time.sleep(0.02)
+
+
+def lines(errors: str, part: str) -> list[str]:
+    return [line for line in errors.splitlines() if part in line]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("number", "told"), [("SIGKILL", "has died"), ("SIGSTOP", "is stopped")])
+def test_a_rank_that_dies_or_is_stopped_ends_the_run(
+    flags, tmp_path: Path, rank: int, number: str, told: str
+) -> None:
+    running = Running(*flags)
+    at_work(running, tmp_path)
+    time.sleep(random.Random(f"{rank}{number}").uniform(0, 0.3))
+    running.signal(getattr(signal, number), [rank])
+    other = running.processes[1 - rank]
+    other.join(30)  # within dead_after, a beat, and what a busy machine takes
+    code = other.exitcode
+    running.signal(signal.SIGKILL, [rank])
+    outcome = running.ended(30)
+    assert code == 3, outcome.errors
+    (line,) = lines(outcome.errors[1 - rank], f"rank {rank} on ")
+    assert told in line and "last at step" in line and line.endswith("--resume auto")
+    assert "Traceback" not in outcome.errors[1 - rank]
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes", "told"),
+    [
+        ("bug", [3, 1], "KeyError: 'a bug of ours'"),
+        ("hang", [3, 3], "rank 1 on * hangs (training at step 3, without progress"),
+        ("nan loss", [3, 2], "DivergedError: the training loss is nan at step 5"),
+        ("nan parameters", [2, 2], "rank 1 brought NaN or infinity into the synchronisation at"),
+        ("another H", [2, 2], "rank 1"),
+    ],
+)
+def test_a_rank_that_fails_is_named(
+    flags, fault: str, codes: list[int], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULT", fault)
+    flags = [*flags, "--save-steps", "0"]
+    outcome = Running(*flags, script=FAULTY).ended(60, afterwards=20)
+    assert outcome.codes == codes, outcome.errors
+    said = "\n".join(outcome.errors)
+    assert all(part in said for part in told.split("*"))
+    assert ("Traceback" in said) == (fault == "bug"), "bugs show where they are, and nothing else"
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_a_signal_to_any_rank_saves_and_stops_all(
+    flags, tmp_path: Path, ranks: tuple[int, ...], number: str
+) -> None:
+    running = Running(*flags)
+    at_work(running, tmp_path)
+    running.signal(getattr(signal, number), ranks)
+    outcome = running.ended(60)
+    assert outcome.codes == [128 + getattr(signal, number)] * 2, outcome.errors
+    assert f"{number} on " in outcome.outputs[0].splitlines()[-1]
+    (folder,) = (tmp_path / "runs").iterdir()
+    told = json.loads((folder / "preempted").read_text())
+    saved = checkpoint.found(folder / "checkpoints")
+    assert told["step"] == max(saved) and told["reason"].startswith(number)
+
+    again = Running(*flags, "--resume", "auto")
+    while (folder / "preempted").exists():
+        assert again.alive(), again.ended(1).errors
+        time.sleep(0.02)
+    again.signal(signal.SIGTERM, (0,))
+    again.ended(60)
+    assert max(checkpoint.found(folder / "checkpoints")) >= told["step"]
+
+
+def ranks_of(flags: tuple[str, ...]) -> dict[str, psutil.Process]:
+    """The processes that train with these flags, by rank."""
+    found = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            command = process.cmdline()
+            if command[1:4].count("main.py") and flags[3] in command:
+                found[process.environ()["RANK"]] = process
+    return found
+
+
+def launched(command: list[str], flags: tuple[str, ...], log: Path) -> subprocess.Popen[str]:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [*command, *flags], cwd=ROOT, text=True, stdout=file, stderr=subprocess.STDOUT,
+            env=os.environ | {"RESTARTS": "2", "REPORT": "1"},
+        )  # fmt: skip
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[str], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int) -> None:
+    """Which on one host passes signals on to none of them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [
+        str(ROOT / ".venv/bin/deepspeed"), "--hostfile", "hostfile", "--no_ssh_check",
+        "--master_addr", "127.0.0.1", "--master_port", port, "main.py",
+    ]  # fmt: skip
+    launcher = launched(command, flags, log := tmp_path / "log")
+    until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), launcher, log)
+    ranks = ranks_of(flags)
+    assert set(ranks) == {"0", "1"}
+    launcher.send_signal(number)
+    launcher.wait(30)
+    assert not psutil.wait_procs(ranks.values(), timeout=30)[1], "a rank is left"
+    (marker,) = tmp_path.glob("runs/*/preempted")
+    assert "the launcher of rank" in marker.read_text()
+
+
+def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
+    """And draws it when it is over."""
+    recipe = "recipe/digits-resnet-localsgd-qsr.yml"
+    given = (*flags, "--epochs", "4", "--alpha", "1")
+    command = [str(ROOT / "run-scripts/run.sh"), recipe]
+    script = launched(command, given, log := tmp_path / "log")
+    until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), script, log)
+    ranks_of(flags)["1"].kill()
+    assert script.wait(120) == 0, log.read_text()
+    told = log.read_text()
+    assert told.count("starting it again from its newest checkpoint (1 restarts left)") == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "summary.json").exists()
+    assert max(checkpoint.found(folder / "checkpoints")) == 80
+    page = folder / "report" / "report.html"
+    assert page.exists() and f"{page}: 1 run" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ('record.code_digest = lambda: "another"', "rank 1 has [version of this code: another]"),
+        (
+            'found = record.versions(); record.versions = lambda: found | {"torch": "1.0"}',
+            "rank 1 has [version of torch: 1.0]",
+        ),
+    ],
+    ids=["code", "torch"],
+)
+def test_a_rank_with_other_software_is_named(
+    flags, tmp_path: Path, change: str, told: str
+) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import os, sys\nimport main\nfrom training import config, record\n"
+        f"if os.environ['RANK'] == '1':\n    {change}\n"
+        "sys.exit(main.main(config.load(sys.argv[1:])))\n"
+    )
+    outcome = Running(*flags, script=other).ended(60, afterwards=20)
+    assert outcome.codes == [2, 2], outcome.errors
+    for rank in (0, 1):
+        (line,) = outcome.complaints(rank)
+        assert told in line and "where rank 0 has" in line
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(flags, tmp_path: Path) -> None:
+    """As when its launcher, or the ssh session that started it, has gone: it stops in order."""
+    command = [sys.executable, "main.py", *flags, "--steps-per-epoch", "6"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline().startswith("epoch")
+        process.stdout.close()
+        process.stderr.close()
+        (folder,) = (tmp_path / "runs").iterdir()
+        before, deadline = evaluations(folder), time.monotonic() + 60
+        while evaluations(folder) < before + 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert (folder / "preempted").exists()
+    finally:
+        process.kill()
+
+
+def evaluations(folder: Path) -> int:
+    """How many lines have been printed."""
+    return (folder / "metrics.jsonl").read_text().count('"val"')
