@@ -33,6 +33,8 @@ from from_scratch.task import Task
 from tests.support.program import ROOT
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.slow
+
 SIZES = (1, 2, 3, 7, 10, 64, 1001, 100_003)  # the last: chunks larger than a pipe takes
 
 
@@ -242,7 +244,6 @@ class Command:
 LONG = ("--workers", "3", "--epochs", "1000", "--train-size", "64", "--batch-size", "32")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_killed_worker_ends_the_command() -> None:
     command = Command("--strategy", "ring_all_reduce", *LONG)
@@ -255,7 +256,6 @@ def test_a_killed_worker_ends_the_command() -> None:
     assert gone(below)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("number", "to_all", "code", "told"),

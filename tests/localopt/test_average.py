@@ -18,6 +18,8 @@ from localopt import QSR, Average, Constant, LocalAdamW, LocalOptimizer, LocalSG
 from tests.support import oracle
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.slow
+
 RATE = 0.05
 
 

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from localopt import Constant, LocalSGD
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.slow
+
 
 class Net(nn.Module):
     """BatchNorm, and buffers of every type, different on every rank."""

@@ -12,6 +12,8 @@ from torch import nn
 from localopt import CommOptimizer, DistOptimizer, LocalOptimizer
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.slow
+
 STEPS, H, P, C, RATE = 14, 3, 0.4, 0.5, 0.1
 START = np.array([1.0, -2.0, 0.5])
 

@@ -14,6 +14,8 @@ from localopt.compression import Bfloat16, Int8
 from localopt.merge import merged
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.slow
+
 CODECS = [Bfloat16(16), Int8(16)]
 SHAPES = [(40,), (3, 7), (), (130,)]
 

@@ -33,6 +33,8 @@ from localopt import (
 from tests.support import oracle
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(7,), (), (3, 5), (33,)]  # 0-dim, and sizes that are no multiples of 16
 SIZE = 7 + 1 + 15 + 33
 LRS = [0.12 * 0.955**step for step in range(50)]

@@ -26,6 +26,8 @@ from localopt import (
 )
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.slow
+
 
 def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]

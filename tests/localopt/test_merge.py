@@ -30,6 +30,8 @@ from tests.localopt.test_contract import (
 from tests.support import oracle
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.slow
+
 TYPES = {torch.float64: 1e-12, torch.float32: 1e-6}
 H, LATER = 3, 4
 # In the first round; at the second's end, where some rules launch; with that in flight.

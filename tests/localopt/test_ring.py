@@ -21,6 +21,8 @@ from tests.localopt.test_contract import LRS, SIZE, Model, compare, local_step
 from tests.support import oracle
 from tests.support.ranks import outcomes_of, run
 
+pytestmark = pytest.mark.slow
+
 TYPES = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 

@@ -31,6 +31,8 @@ from localopt import (
 )
 from tests.support.ranks import run
 
+pytestmark = pytest.mark.slow
+
 RULES: dict[str, Callable[[], Rule]] = {
     "average": Average,
     "diloco": DiLoCo,

@@ -41,6 +41,8 @@ from tests.localopt import test_contract
 from tests.support import oracle
 from tests.support.ranks import outcomes_of, run
 
+pytestmark = pytest.mark.slow
+
 Array = oracle.Array
 
 

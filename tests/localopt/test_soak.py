@@ -6,6 +6,8 @@ import pytest
 
 from .soak import check
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("rule", ["overlap", "lsgd"])
 def test_nothing_grows_with_the_rounds(rule: str) -> None:

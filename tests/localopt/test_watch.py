@@ -25,6 +25,8 @@ from localopt.collective import Collective, waiting
 from tests.support.ranks import context, outcomes_of
 from tests.support.ranks import run as run_on_file_store
 
+pytestmark = pytest.mark.slow
+
 BEAT, DEAD_AFTER, SLACK = 0.1, 1.5, 4.0  # seconds; slack for a machine that does other things
 H = 5  # steps between collectives
 KILL, STOP, TERM, INT = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGINT

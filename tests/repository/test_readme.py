@@ -12,6 +12,8 @@ import pytest
 from tests.support.program import ROOT
 from training.plan import plan
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text()
 
 

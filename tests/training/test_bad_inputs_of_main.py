@@ -16,6 +16,8 @@ import pytest
 from data import write
 from tests.support.program import ROOT, start
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("--epochs", "1", "--steps-per-epoch", "2", "--warmup-epochs", "0", "--device", "cpu")
 
 

@@ -20,6 +20,8 @@ from training.config import load
 from training.evaluate import estimate_batch_norm, evaluate
 from training.lr import Schedule
 
+pytestmark = pytest.mark.slow
+
 STEPS, CLASSES, SIDE = 6, 4, 8
 
 

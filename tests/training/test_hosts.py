@@ -19,6 +19,8 @@ from benchmarks._link import Host
 from tests.support.hosts import DISK, hosts_with_disks, lacks_ssh, launch, seen, serve_ssh, write
 from tests.support.program import ROOT
 
+pytestmark = pytest.mark.slow
+
 DEEPSPEED = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", str(DISK / "hostfile")]
 SHORT = ["main.py", "--epochs", "1", "--steps-per-epoch", "6", "--total-batch-size", "32"]
 INTERFACE = {"GLOO_SOCKET_IFNAME": "eth0"}

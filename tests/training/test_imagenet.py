@@ -13,6 +13,8 @@ import torch
 from tests.support.photographs import make_tree
 from tests.support.program import ROOT, start
 
+pytestmark = pytest.mark.slow
+
 VALIDATION = 6  # classes with an image to evaluate on
 
 

@@ -20,6 +20,8 @@ import pytest
 from tests.support.program import ROOT, Running
 from training import checkpoint
 
+pytestmark = pytest.mark.slow
+
 FAULTY = ROOT / "tests/training/faulty.py"
 
 

@@ -20,6 +20,8 @@ from tests.support.program import ROOT, start
 from training import checkpoint as checkpoints
 from training.config import load
 
+pytestmark = pytest.mark.slow
+
 RECIPES = sorted((ROOT / "recipe").glob("digits-*.yml"))
 SHORT = ("--epochs", "2", "--steps-per-epoch", "6", "--warmup-epochs", "0", "--log-freq", "1")
 
@@ -245,7 +247,6 @@ def test_images_of_changing_size_need_a_model_that_takes_them(flags) -> None:
     assert "resize_initial_scale is 0.5: model simplevit-digits" in line
 
 
-@pytest.mark.slow
 def test_a_compiled_model_trains_to_the_same_loss(flags) -> None:
     recipe = ("--recipe-pth", "recipe/digits-resnet-localsgd-qsr.yml", "--epochs", "1", "--nw", "2")
     plain, compiled = (start(*flags, *recipe, *e, world_size=1) for e in ((), ("--compile",)))

@@ -19,6 +19,8 @@ from training.checkpoint import MANIFEST
 
 from .kills import RECIPES, Runs
 
+pytestmark = pytest.mark.slow
+
 SHORT = (
     "--epochs", "2", "--steps-per-epoch", "6", "--warmup-epochs", "0", "--log-freq", "4",
     "--device", "cpu", "--period", "constant", "--h-base", "3",
