@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import runpy
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .ports import free_port
 from .ranks import context
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,8 +56,7 @@ class Running:
         script: Path = ROOT / "main.py",
         absent: int = 0,
     ) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self._told = tempfile.TemporaryDirectory()
         self.processes = []
         for rank in range(world_size - absent):

@@ -1,8 +1,11 @@
-"""What tests on real processes share."""
+"""What tests of the program share."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -10,9 +13,11 @@ from tests.support.program import ROOT
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+def data(once: Callable[[str, Callable[[Path], None]], Path]) -> str:
     """A folder of data sets with the digits in it, written by the command the README names."""
-    folder = tmp_path_factory.mktemp("data")
-    command = [str(ROOT / ".venv/bin/python"), "-m", "data.write", "digits", "--out"]
-    subprocess.run([*command, str(folder / "digits")], check=True, cwd=ROOT, capture_output=True)
-    return str(folder)
+
+    def write(folder: Path) -> None:
+        command = [sys.executable, "-m", "data.write", "digits", "--out", str(folder / "digits")]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+
+    return str(once("data", write))

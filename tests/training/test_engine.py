@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from typing import Any
 
@@ -155,6 +156,39 @@ def test_data_parallel_clipping_is_that_of_the_averaged_gradient() -> None:
     for parameters in run(_train, 2, "--optimizer", "sgd", "--clip-norm", "0.1"):
         for name, p in parameters.items():
             torch.testing.assert_close(p, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def _measured(rank: int, world_size: int, *flags: str) -> list[tuple[float, ...]]:
+    engine, _ = _engine(world_size, _model(), *flags)
+    told = [engine.step(s, norms=True) for s in _batches(rank, world_size, engine.accumulation)]
+    return [(float(t.loss), int(t.correct), float(t.grad_norm), float(t.param_norm)) for t in told]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_a_step_measures_loss_hits_and_norms(clip: float) -> None:
+    """The gradient's norm before clipping, the parameters' before the step: torch's, in float64."""
+    model, expected = _model().double(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in _batches(0, 1, 2):
+        optimizer.zero_grad()
+        losses, hits = [], 0
+        for images, labels in step:
+            logits = model(images.double())
+            losses.append(functional.cross_entropy(logits, labels))
+            hits += int((logits.argmax(1) == labels).sum())
+        (sum(losses) / 2).backward()
+        norms = [
+            math.sqrt(sum(float(x.square().sum()) for x in some))
+            for some in zip(*((p.grad, p.detach()) for p in model.parameters()), strict=True)
+        ]
+        expected.append((float(sum(losses)) / 2, hits, *norms))
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    flags = ("--optimizer", "sgd", "--clip-norm", str(clip), "--physical-batch-size", "4")
+    (measured,) = run(_measured, 1, *flags)
+    for one, other in zip(measured, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def _data_parallel_cost(rank: int, world_size: int) -> tuple[int, int, float, int]:

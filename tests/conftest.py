@@ -1,0 +1,107 @@
+"""What all tests share: markers of subjects, quiet for tests that need it, things made once.
+
+Several processes may run the tests (pytest-xdist); what is here holds between them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+SUBJECTS = ("localopt", "training", "data", "from_scratch", "repository", "gpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for subject in SUBJECTS:
+        config.addinivalue_line("markers", f"{subject}: is about this; by the folder of the test")
+    # Ignored where a shell has started the tests in the background; what they start inherits it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        subject = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(subject)  # an unknown one is an error: --strict-markers
+    items.sort(key=_alone)
+
+
+def _alone(item: pytest.Item | None) -> bool:
+    return item is not None and item.get_closest_marker("alone") is not None
+
+
+class Quiet:
+    """Lets tests run beside each other, and those marked `alone` by themselves.
+
+    Two locked files: who waits to be alone keeps the door shut for those that come later.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._door, self._room = ((folder / name).open("w") for name in ("door.lock", "room.lock"))
+        self.is_mine = False
+
+    def enter(self, alone: bool) -> None:
+        if self.is_mine:
+            return
+        fcntl.flock(self._door, fcntl.LOCK_EX)
+        fcntl.flock(self._room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(self._door, fcntl.LOCK_UN)
+        self.is_mine = alone
+
+    def leave(self, stay: bool) -> None:
+        if not stay:
+            fcntl.flock(self._room, fcntl.LOCK_UN)
+            self.is_mine = False
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[object]:
+    if (quiet := item.config.stash.get(QUIET, None)) is None:
+        quiet = item.config.stash[QUIET] = Quiet(_common(item.config))
+    quiet.enter(_alone(item))
+    try:
+        return (yield)
+    finally:
+        quiet.leave(stay=_alone(item) and _alone(nextitem))
+
+
+QUIET = pytest.StashKey[Quiet]()
+
+
+def _common(config: pytest.Config) -> Path:
+    """A folder of this run, the same in all processes that run tests."""
+    own: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def once(pytestconfig: pytest.Config) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``once(name, make)``: a folder that ``make`` has filled, once in a run of the tests.
+
+    Nobody may write to it.
+    """
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        common = _common(pytestconfig)
+        with locked(common / f"{name}.lock"):
+            if not (folder := common / name).exists():
+                draft = common / f"{name}.draft"
+                draft.mkdir()
+                make(draft)
+                draft.rename(folder)
+        return folder
+
+    return get
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
