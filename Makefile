@@ -1,17 +1,20 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench
+.PHONY: help setup test test-fast lint bench
 
 PYTHON := .venv/bin/python
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 help:  ## print this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 
 setup:  ## make .venv, or bring it up to date
 	@run-scripts/setup.sh
 
 test:  ## lint and run all tests
 	@run-scripts/test.sh
+
+test-fast:  ## lint and the tests that need one process
+	@run-scripts/test.sh -m "not slow"
 
 lint: setup  ## ruff, and shellcheck where it is installed
 	$(PYTHON) -m ruff check .
