@@ -114,8 +114,6 @@ CASES = {
             IN_SHARDS,
             coarse=1e-2,
         ),
-        Case(
-            OuterAdam, {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3}, ["AdamW"], outer_adam
-        ),
+        Case(OuterAdam, {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3}, ["AdamW"], outer_adam),
     ]
 }
