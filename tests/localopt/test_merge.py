@@ -14,7 +14,8 @@ from torch import nn
 
 from localopt import EASGD, Average, Constant, DiLoCo, LocalOptimizer, OverlapLocalSGD, Rule
 from localopt.merge import merged
-from tests.localopt.test_contract import (
+from tests.support import oracle
+from tests.support.contract import (
     LRS,
     RULES,
     SIZE,
@@ -27,7 +28,6 @@ from tests.localopt.test_contract import (
     local_step,
     new_rule,
 )
-from tests.support import oracle
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.slow

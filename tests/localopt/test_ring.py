@@ -17,8 +17,8 @@ from localopt import (
     collective,
     ring,
 )
-from tests.localopt.test_contract import LRS, SIZE, Model, compare, local_step
 from tests.support import oracle
+from tests.support.contract import LRS, SIZE, Model, compare, local_step
 from tests.support.ranks import outcomes_of, run
 
 pytestmark = pytest.mark.slow

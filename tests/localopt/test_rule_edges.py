@@ -1,55 +1,46 @@
-"""Where rules meet the unusual: rollbacks, replicas and settings that differ, odd types."""
+"""Where rules meet the unusual: rollbacks, replicas and settings that differ, odd types.
+
+What any rule can meet is tried with every case of every rule; none is named.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from localopt import (
     EASGD,
     LSGD,
-    Average,
     BlockMomentum,
-    CoCoDSGD,
     Constant,
     DiLoCo,
-    HierarchicalAverage,
     LocalOptimizer,
     LocalSGD,
     NonFiniteError,
-    OverlapLocalSGD,
     ReplicaMismatchError,
     Rule,
-    SlowMo,
     SyncError,
 )
+from tests.support import oracle
+from tests.support.contract import SIZE, Model, every_case, local_optimizer
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.slow
-
-RULES: dict[str, Callable[[], Rule]] = {
-    "average": Average,
-    "diloco": DiLoCo,
-    "easgd": EASGD,
-    "overlap": OverlapLocalSGD,
-    "cocod": CoCoDSGD,
-    "lsgd": LSGD,
-}
 
 
 def local_sgd(p: nn.Parameter, rule: Rule, h: int = 2, **options: Any) -> LocalOptimizer:
     return LocalSGD([p], 0.1, momentum=0.9, period=Constant(h), sync=rule, **options)
 
 
-def steps(optimizer: LocalOptimizer, p: nn.Parameter, rank: int, count: int) -> None:
+def steps(optimizer: LocalOptimizer, rank: int, count: int) -> None:
     for _ in range(count):
-        p.grad = p.detach() - (1.0 + rank)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = p.detach() - (1.0 + rank)
         optimizer.record_loss(float(rank))
         optimizer.step()
 
@@ -58,20 +49,19 @@ def steps(optimizer: LocalOptimizer, p: nn.Parameter, rank: int, count: int) -> 
 
 
 def roll_back(rank: int, m: int) -> None:
-    for name, make in RULES.items():
-        p = nn.Parameter(torch.zeros(3))
-        optimizer = local_sgd(p, make())
-        steps(optimizer, p, rank, 5)
-        weights, state = p.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    for name, index, inner in every_case():
+        model = Model()
+        optimizer = local_optimizer(name, index, inner, model, Constant(2))
+        steps(optimizer, rank, 5)
+        weights, state = model.vector(), copy.deepcopy(optimizer.state_dict())
         seen = []
         for _ in range(3):  # from one state, three times over
-            steps(optimizer, p, rank, 6)  # with overlap, a collective is in flight at the end
-            seen.append(p.detach().clone())
+            steps(optimizer, rank, 6)  # with overlap, a collective is in flight at the end
+            seen.append(model.vector())
             optimizer.record_loss(float("nan"))  # seen, and not stepped on
-            with torch.no_grad():
-                p.copy_(weights)
+            model.set_vector(weights)
             optimizer.load_state_dict(copy.deepcopy(state))
-        assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2]), name
+        assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2]), (name, index)
 
 
 def test_rolling_back_forgets_what_is_in_flight() -> None:
@@ -80,19 +70,19 @@ def test_rolling_back_forgets_what_is_in_flight() -> None:
 
 def bare_state(rank: int, m: int) -> None:
     """Weights and the inner optimizer's state alone: a new run begins from there."""
-    for name, make in RULES.items():
+    for name, index, inner in every_case():
         outcomes = []
         for warm in (False, True):
-            p = nn.Parameter(torch.zeros(3))
-            optimizer = local_sgd(p, make())
+            model = Model()
+            optimizer = local_optimizer(name, index, inner, model, Constant(2))
+            state = copy.deepcopy(optimizer.inner.state_dict())
             if warm:
-                steps(optimizer, p, rank, 5)
-            with torch.no_grad():
-                p.fill_(0.5)
-            optimizer.load_state_dict(torch.optim.SGD([p], 0.1, momentum=0.9).state_dict())
-            steps(optimizer, p, rank, 7)
-            outcomes.append(p.detach().clone())
-        assert torch.equal(*outcomes), name
+                steps(optimizer, rank, 5)
+            model.set_vector(torch.full((SIZE,), 0.5))
+            optimizer.load_state_dict(state)
+            steps(optimizer, rank, 7)
+            outcomes.append(model.vector())
+        assert torch.equal(*outcomes), (name, index)
 
 
 def test_a_bare_state_begins_anew() -> None:
@@ -102,63 +92,72 @@ def test_a_bare_state_begins_anew() -> None:
 # Replicas and settings that differ.
 
 
-def differing(rank: int, m: int) -> None:
-    for name in ("average", "cocod", "overlap"):
-        p = nn.Parameter(torch.zeros(3))
-        optimizer = local_sgd(p, RULES[name]())
-        with torch.no_grad():
-            p.fill_(float(rank))  # "weights that differ between replicas are loaded afterwards"
+def differing(rank: int, m: int) -> set[str]:
+    changed = set()
+    for name, index, inner in every_case():
+        model = Model()
+        optimizer = local_optimizer(name, index, inner, model, Constant(2))
+        mine, expected = torch.full((SIZE,), float(rank)), torch.full((SIZE,), 0.5)
+        if optimizer.sync.centre is not None:
+            expected = model.vector()
+        model.set_vector(mine)  # "weights that differ between replicas are loaded afterwards"
         with optimizer.consensus():
-            assert p.detach().tolist() == [0.5] * 3, name
-        assert p.detach().tolist() == [rank] * 3
+            assert torch.equal(model.vector(), expected.double()), (name, index)
+        assert torch.equal(model.vector(), mine.double()), (name, index)
         optimizer.finish()
-        assert p.detach().tolist() == [0.5] * 3, name
-    p = nn.Parameter(torch.zeros(3))
-    optimizer = local_sgd(p, Average())
-    steps(optimizer, p, rank, 2)
-    with torch.no_grad():
-        p.add_(float(rank))  # behind the library's back, on one replica
-    before = p.detach().clone() - rank
-    optimizer.finish()
-    assert torch.allclose(p.detach(), before + 0.5), "equal is looked for, not believed"
+        assert torch.equal(model.vector(), expected.double()), (name, index)
+
+        model = Model()
+        optimizer = local_optimizer(name, index, inner, model, Constant(2))
+        steps(optimizer, rank, 12)  # groups of all kinds have all met at the last
+        if optimizer.sync.replicas_agree:
+            before = model.vector()
+            model.set_vector(before + rank)  # behind the library's back, on one replica
+            optimizer.finish()
+            assert torch.allclose(model.vector(), before + 0.5), "looked for, not believed"
+            changed.add(name)
+    return changed
 
 
 def test_finish_makes_equal_what_was_loaded_apart() -> None:
-    run(differing, 2)
+    for changed in run(differing, 2):
+        assert changed >= {"Average", "BlockMomentum", "HierarchicalAverage"}
 
 
 def one_outer_rate(rank: int, m: int) -> list[str]:
     told = []
-    for make in (DiLoCo, partial(SlowMo, beta=0.5)):
-        p = nn.Parameter(torch.zeros(3))
-        rule = make()
-        optimizer = local_sgd(p, rule)
-        steps(optimizer, p, rank, 4)
+    for name, index, inner in every_case():
+        optimizer = local_optimizer(name, index, inner, Model(), Constant(2))
+        if not hasattr(optimizer.sync, "outer_optimizer"):
+            continue
+        steps(optimizer, rank, 4)
         if rank == 0:
-            rule.outer_optimizer.param_groups[0]["lr"] *= 0.5
+            optimizer.sync.outer_optimizer.param_groups[0]["lr"] *= 0.5
         with pytest.raises(ReplicaMismatchError) as caught:
-            steps(optimizer, p, rank, 2)
+            steps(optimizer, rank, 2)
         told.append(str(caught.value))
     return told
 
 
 def test_outer_settings_that_differ_are_named() -> None:
     one, other = run(one_outer_rate, 2)
-    assert one == other
+    assert one == other and len(one) >= 4
     assert all("at step 6 the settings of rank 0 and rank 1 differ" in text for text in one)
 
 
-def without_rate(rank: int, m: int, ranks: set[int]) -> list[str]:
+def without_rate(rank: int, m: int, ranks: set[int]) -> list[tuple[int, str]]:
+    """What is told where a rate is divided by, and how many rounds late."""
     told = []
-    for rule in (SlowMo(beta=0.5), OverlapLocalSGD(normalize_by_lr=True)):
-        p = nn.Parameter(torch.zeros(3))
-        optimizer = local_sgd(p, rule)
+    for name, index, inner in every_case():
+        optimizer = local_optimizer(name, index, inner, Model(), Constant(2))
+        if not getattr(optimizer.sync, "normalize_by_lr", False):
+            continue
         if rank in ranks:
             optimizer.param_groups[0]["lr"] = 0.0
-        try:
-            steps(optimizer, p, rank, 4)
-        except (ValueError, SyncError) as error:
-            told.append(f"{type(error).__name__}: {error}")
+        with pytest.raises((ValueError, SyncError)) as caught:
+            steps(optimizer, rank, 4)
+        text = f"{type(caught.value).__name__}: {caught.value}"
+        told.append((oracle.CASES[name][index].delay, text))
     return told
 
 
@@ -166,11 +165,12 @@ def test_a_rate_of_zero_is_refused_on_every_rank() -> None:
     """Nothing is divided by γ = 0; where one replica has it, all say so (overlapped: a
     round late)."""
     for told in run(without_rate, 2, {0, 1}):
-        assert all(text.startswith("ValueError: the mean learning rate") for text in told)
-        assert len(told) == 2
+        assert all(text.startswith("ValueError: the mean learning rate") for _, text in told)
+        assert {delay for delay, _ in told} == {0, 1}
     zero, one = run(without_rate, 2, {0})
-    assert zero[0] == one[0] and "ReplicaMismatchError" in one[0]
-    assert "mean learning rate" in zero[1] and "ReplicaMismatchError" in one[1]
+    for (delay, text), (_, other) in zip(zero, one, strict=True):
+        assert "ReplicaMismatchError" in other
+        assert "mean learning rate" in text if delay else text == other
 
 
 class Plain(Rule):
@@ -215,27 +215,6 @@ def test_nan_in_one_group_is_named_in_all() -> None:
     assert len(set(told)) == 1 and told[0].startswith("ranks 0, 1 brought no training loss")
 
 
-# Rates.
-
-
-def test_a_step_that_failed_has_no_rate() -> None:
-    """γ is the mean over the steps that were made."""
-    p = nn.Parameter(torch.zeros(1))
-    optimizer = LocalSGD([p], 0.5, period=Constant(3), sync=SlowMo(beta=0.5))
-
-    def fails() -> float:
-        raise KeyError("no batch")
-
-    p.grad = torch.ones(1)
-    optimizer.step()
-    optimizer.param_groups[0]["lr"] = 100.0
-    with pytest.raises(KeyError):
-        optimizer.step(fails)
-    optimizer.param_groups[0]["lr"] = 0.25
-    optimizer.step()
-    assert optimizer._replica.lr == 0.375
-
-
 # Parameters.
 
 
@@ -274,29 +253,35 @@ def test_small_outer_steps_add_up_in_16_bits() -> None:
 # Losses and reports.
 
 
-def reports(rank: int, m: int) -> dict[str, list[int | None]]:
-    seen: dict[str, list[int | None]] = {}
-    rules = {"pull": EASGD(pull=0.1), "blocking": EASGD(overlap=False), "overlapped": EASGD()}
-    for name, rule in {**rules, "lsgd": LSGD(), "groups": HierarchicalAverage(1, 2)}.items():
-        p = nn.Parameter(torch.zeros(3))
-        optimizer = local_sgd(p, rule)
-        seen[name] = []
-        for _ in range(3):
-            steps(optimizer, p, rank, 2)
-            report = optimizer.report
-            seen[name].append(None if report is None else report.step)
-            if report is not None and name != "groups":
-                assert report.losses == [float(r) for r in range(m)]
-        optimizer.finish()
-        seen[name].append(optimizer.report.step)
+def steps_of_reports(optimizer: LocalOptimizer, rank: int) -> list[int | None]:
+    """After each of three rounds, and after finish()."""
+    told = []
+    for _ in range(3):
+        steps(optimizer, rank, 2)
+        told.append(optimizer.report and optimizer.report.step)
+    optimizer.finish()
+    return [*told, optimizer.report.step]
+
+
+def reports(rank: int, m: int) -> dict[tuple[str, int], tuple[int, list[int | None]]]:
+    """By rule and case: how many rounds late it should be, and the steps that are reported."""
+    seen = {}
+    for name, index, inner in every_case():
+        optimizer = local_optimizer(name, index, inner, Model(), Constant(2))
+        case = oracle.CASES[name][index]
+        seen[name, index] = case.delay, steps_of_reports(optimizer, rank)
+        if case.settings_for(m).get("group_size", m) == m:  # all have met
+            assert optimizer.report.losses == [float(r) for r in range(m)], (name, index)
+    blocking = local_sgd(nn.Parameter(torch.zeros(3)), EASGD(overlap=False))
+    seen["EASGD without overlap", 0] = 0, steps_of_reports(blocking, rank)
     return seen
 
 
 def test_only_what_runs_behind_training_is_reported_late() -> None:
     for seen in run(reports, 2):
-        late = seen.pop("overlapped")
-        assert late == [None, 2, 4, 6]
-        assert all(told == [2, 4, 6, 6] for told in seen.values()), seen
+        assert {delay for delay, _ in seen.values()} == {0, 1}
+        for case, (delay, told) in seen.items():
+            assert told == ([None, 2, 4, 6] if delay else [2, 4, 6, 6]), case
 
 
 def losses(rank: int, m: int) -> None:
@@ -316,30 +301,3 @@ def losses(rank: int, m: int) -> None:
 
 def test_losses_of_every_kind() -> None:
     run(losses, 2)
-
-
-def test_an_attached_rule_cannot_be_copied() -> None:
-    rule = EASGD()
-    assert copy.deepcopy(rule).alpha is None
-    local_sgd(nn.Parameter(torch.zeros(3)), rule)
-    with pytest.raises(TypeError, match="this EASGD belongs to an optimizer"):
-        copy.deepcopy(rule)
-
-
-def test_outer_optimizers_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="it would climb"):
-        BlockMomentum(partial(torch.optim.SGD, lr=0.1, maximize=True))
-    with pytest.raises(ValueError, match="LBFGS, which needs a closure"):
-        BlockMomentum(torch.optim.LBFGS)
-    with pytest.raises(TypeError, match="must make a torch"):
-        BlockMomentum(lambda params: params)
-    BlockMomentum(partial(torch.optim.Adam, capturable=True))
-
-
-def test_a_state_of_another_outer_optimizer_is_refused() -> None:
-    def optimizer(outer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> LocalOptimizer:
-        return local_sgd(nn.Parameter(torch.zeros(3)), BlockMomentum(outer))
-
-    adam, sgd = optimizer(torch.optim.Adam), optimizer(partial(torch.optim.SGD, lr=0.5))
-    with pytest.raises(ValueError, match="outer optimizer SGD, this rule Adam"):
-        adam.load_state_dict(sgd.state_dict())
