@@ -22,6 +22,7 @@ def pictures(count, seed):
 
 
 def write_pictures(samples, out, mode):
+    """Both .beton files of the samples in a folder, as pixels or as JPEG."""
     content = write.Content(
         classes=list("abcde"),
         mean=[0.2, 0.4, 0.6],
@@ -35,6 +36,7 @@ def write_pictures(samples, out, mode):
 
 
 def train_data(folder, **changed):
+    """The loader of the part to train on, for one replica if nothing else is said."""
     arguments = {
         "total_batch": 12, "physical_batch": 4, "rank": 0, "world_size": 1, "seed": 3,
         "resolution": SIDE, "workers": 2,
@@ -43,6 +45,7 @@ def train_data(folder, **changed):
 
 
 def val_data(folder, **changed):
+    """The loader of the part to evaluate on."""
     arguments = {"rank": 0, "world_size": 1, "batch": 6, "resolution": SIDE, "workers": 2}
     return ValData(folder / "val.beton", **(arguments | changed))
 
@@ -57,9 +60,10 @@ def pixels(data, images):
     """Undo the normalisation: (m, R, R, 3) uint8."""
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (data.dataset.mean, data.dataset.std))
     values = ((images * std + mean) * 255).permute(0, 2, 3, 1)
-    assert torch.allclose(values, values.round(), atol=1e-3)
+    assert torch.allclose(values, values.round(), atol=1e-3), "levels are whole numbers"
     return values.round().to(torch.uint8).numpy()
 
 
 def same(a, b):
+    """Whether two rows of tensors are equal, bit for bit."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -14,16 +14,20 @@ CLASSES = ["n01440764", "n01443843", "n01446922"]
 
 
 def run(tree, out, *flags):
+    """Write the tree's images to a folder by the command; its exit status."""
     command = ["imagefolder", "--folder", str(tree), "--out", str(out), "--workers", "2"]
     return write.main([*command, *map(str, flags)])
 
 
 def written(tree, out, *flags):
-    assert run(tree, out, *flags) == 0
+    """The folder with what the command has written."""
+    status = run(tree, out, *flags)
+    assert status == 0, f"it ended with {status}"
     return out
 
 
 def description(out):
+    """What dataset.json says."""
     return json.loads((out / "dataset.json").read_text())
 
 
@@ -50,6 +54,7 @@ def pixels(path):
 
 
 def files(tree, part):
+    """The photographs of a part, in the order of their labels."""
     return sorted((tree / part).glob("*/*"))
 
 
@@ -61,17 +66,20 @@ def add(tree, content, name="more.JPEG"):
 
 
 def encoded(image, kind="PNG", **options):
+    """The file of a Pillow image."""
     file = BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def one_line(text):
-    assert text.endswith("\n") and text.count("\n") == 1
+    """The text, which must be a single line."""
+    assert text.endswith("\n") and text.count("\n") == 1, text
     return text
 
 
 def train_data(out, total_batch):
+    """The loader of the part to train on, for one replica."""
     return TrainData(
         out / "train.beton", total_batch=total_batch, physical_batch=total_batch, rank=0,
         world_size=1, seed=0, resolution=32,
