@@ -1,105 +1,32 @@
-"""data.imagefolder: a tree of photographs becomes .beton files, and broken ones are named."""
+"""data.imagefolder: a tree of photographs becomes .beton files, as FFCV would write them."""
 
 import hashlib
-import itertools
-import json
-import os
-import resource
 import shutil
-import signal
-import sys
 import time
 from io import BytesIO
-from multiprocessing import get_context
-from pathlib import Path
 
-import cv2
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
-from data import imagefolder, write
-from data.dataset import DataError
-from data.ffcv_parts import JPEG, RAW, Reader, RGBImageField, ctypes_imdecode
-from data.loaders import TrainData, ValData
-from tests.support.photographs import jpegs, make_tree
+from data import imagefolder
+from data.ffcv_parts import JPEG, RAW, RGBImageField, ctypes_imdecode
+from data.loaders import ValData
+from tests.support.photographs import jpegs
+
+from .trees import (
+    CLASSES,
+    add,
+    description,
+    encoded,
+    files,
+    pixels,
+    stored,
+    train_data,
+    written,
+)
 
 pytestmark = pytest.mark.slow  # its workers are processes
-
-CLASSES = ["n01440764", "n01443843", "n01446922"]
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """Three classes; 12 images of up to 100 x 130 pixels to train on, 6 to evaluate on."""
-    folder = tmp_path_factory.mktemp("tree")
-    assert make_tree(folder, classes=3, train=4, val=2, size=(100, 130)) == CLASSES
-    return folder
-
-
-@pytest.fixture
-def own(tree, tmp_path):
-    """A copy to change."""
-    return shutil.copytree(tree, tmp_path / "tree")
-
-
-def run(tree, out, *flags):
-    command = ["imagefolder", "--folder", str(tree), "--out", str(out), "--workers", "2"]
-    return write.main([*command, *map(str, flags)])
-
-
-def written(tree, out, *flags):
-    assert run(tree, out, *flags) == 0
-    return out
-
-
-def description(out):
-    return json.loads((out / "dataset.json").read_text())
-
-
-def stored(path):
-    """Of each image in a .beton: mode, height, width, content, label."""
-    reader, content = Reader(str(path)), path.read_bytes()
-    sizes = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"], strict=True))
-    images = []
-    for (mode, width, height, place), label in reader.metadata.tolist():
-        images.append((mode, height, width, content[place : place + sizes[place]], label))
-    return images
-
-
-def pixels(path):
-    """The images of a .beton as arrays."""
-    arrays = []
-    for mode, height, width, content, _ in stored(path):
-        array = np.frombuffer(content, np.uint8)
-        if mode == JPEG:
-            arrays.append(cv2.imdecode(array, cv2.IMREAD_COLOR_RGB))
-        else:
-            arrays.append(array.reshape(height, width, 3))
-    return arrays
-
-
-def files(tree, part):
-    return sorted((tree / part).glob("*/*"))
-
-
-def add(tree, content, name="more.JPEG"):
-    """One more image for the first class, as the first or, with this name, the last of it."""
-    path = tree / "train" / CLASSES[0] / name
-    path.write_bytes(content)
-    return path
-
-
-def encoded(image, kind="PNG", **options):
-    file = BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def one_line(text):
-    assert text.endswith("\n") and text.count("\n") == 1
-    return text
 
 
 def by_ffcv(path, **settings):
@@ -143,21 +70,6 @@ def test_the_longer_side_is_limited_and_the_shape_kept(own, tmp_path):
     out = written(own, tmp_path / "out", "--max-size", 150)
     sizes = [image[1:3] for image in stored(out / "train.beton")[4:10]]
     assert sizes == [(150, 100), (100, 150), (150, 150), (150, 148), (20, 10), (1, 150)]
-
-
-def test_scaling_averages_over_areas():
-    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)
-    means = image.reshape(20, 3, 30, 3, 3).mean(axis=(1, 3))
-    assert np.abs(imagefolder.shrunk(image, 30) - means).max() <= 0.5
-
-
-def test_the_share_of_jpegs_is_a_function_of_the_index():
-    indices = np.arange(10_000)
-    jpegs = {x: imagefolder.Storage(500, 90, x).jpegs(indices) for x in (0.0, 0.3, 0.5, 1.0)}
-    for share, chosen in jpegs.items():
-        assert abs(chosen.mean() - share) < 0.02
-    assert not jpegs[0.0].any() and jpegs[1.0].all() and jpegs[0.5][jpegs[0.3]].all()
-    assert (imagefolder.Storage(9, 1, 0.5).jpegs(indices[77:80]) == jpegs[0.5][77:80]).all()
 
 
 def test_defaults_are_those_of_ffcv_s_imagenet(tree, tmp_path):
@@ -225,27 +137,6 @@ def test_labels_are_places_among_the_sorted_classes(own, tmp_path):
     assert labels == [[0] + [1] * 4 + [2] * 4 + [3] * 4, [1, 1, 3, 3]]
 
 
-def test_links_and_subfolders_are_followed_and_other_files_ignored(own):
-    place = own / "train" / CLASSES[2]
-    place.rename(own / "elsewhere")
-    place.symlink_to(own / "elsewhere")
-    (place / "b").mkdir()
-    for name in ("b/2.png", "b/1.webp", "z.BMP"):
-        (place / name).touch()
-    (place / ".hidden").mkdir()
-    (own / "val" / ".git").mkdir()
-    for name in (".DS_Store", "._a.JPEG", "notes.txt", "b/._1.png", ".hidden/1.png"):
-        (place / name).touch()
-    (own / "train" / "list.txt").touch()
-    names = [name for name in imagefolder.find(own).train.names if CLASSES[2] in name]
-    assert [Path(name).name for name in names[:4]] == [
-        path.name for path in sorted((own / "elsewhere").glob("n*.JPEG"))
-    ]
-    assert [name.removeprefix(f"train/{CLASSES[2]}/") for name in names[4:]] == [
-        "z.BMP", "b/1.webp", "b/2.png",
-    ]  # fmt: skip
-
-
 def photograph():
     return Image.open(BytesIO(jpegs((100, 130))[0]))
 
@@ -285,14 +176,6 @@ def test_every_kind_of_image_is_read_as_pillow_converts_it(own, tmp_path):
         assert image.shape == expected.shape and (image == expected).all(), name
 
 
-def test_sixteen_bits_become_eight():
-    levels = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
-    image = imagefolder.decoded(encoded(Image.fromarray(levels)))
-    assert image.shape == (256, 256, 3) and (image == np.arange(256)[:, None, None]).all()
-    with pytest.raises(ValueError, match="mode F"):
-        imagefolder.decoded(encoded(Image.new("F", (9, 9)), "TIFF"))
-
-
 def with_extraneous_bytes(content):
     """Behind the first segment, where the decoder expects a marker and warns."""
     end = 4 + int.from_bytes(content[4:6])
@@ -318,13 +201,6 @@ def test_a_jpeg_that_the_decoder_warns_of_is_stored_without_what_it_warns_of(own
     [_] = train_data(out, total_batch=13).epoch(0)
 
 
-def train_data(out, total_batch):
-    return TrainData(
-        out / "train.beton", total_batch=total_batch, physical_batch=total_batch, rank=0,
-        world_size=1, seed=0, resolution=32,
-    )  # fmt: skip
-
-
 def test_the_loaders_read_it(tree, tmp_path):
     out = written(tree, tmp_path)
     data = train_data(out, total_batch=6)
@@ -343,268 +219,3 @@ def test_statistics_can_be_measured(tree, tmp_path):
     levels = np.concatenate([image.reshape(-1, 3) for image in pixels(out / "train.beton")]) / 255
     assert np.allclose(description(out)["mean"], levels.mean(0), atol=1e-6)
     assert np.allclose(description(out)["std"], levels.std(0), atol=1e-6)
-
-
-def damage(tree):
-    """Break images in several ways: their names, and a piece of what is to be said of each."""
-    train, val = files(tree, "train"), files(tree, "val")
-    train[0].write_bytes(b"")
-    train[3].write_bytes(train[3].read_bytes()[:-2000])
-    train[7].write_text("<html>404</html>\n")
-    train[8].unlink()
-    train[8].symlink_to("nowhere")
-    val[5].write_bytes(encoded(Image.new("P", (9, 9)), "GIF"))
-    reasons = ["empty", "truncated", "not an image", "No such file", "not an image"]
-    return dict(zip([*train[:1], train[3], *train[7:9], val[5]], reasons, strict=True))
-
-
-def test_all_broken_files_are_named_and_nothing_is_written(own, tmp_path, capfd):
-    broken, out = damage(own), tmp_path / "out"
-    assert run(own, out) == 2
-    message = capfd.readouterr().err[: -len("\n")].rpartition("python -m data.write: ")[2]
-    first, *lines = message.split("\n")
-    assert first.startswith("5 of 18 images are broken") and "--skip-broken" in first
-    assert len(lines) == len(broken)
-    for line, (path, reason) in zip(lines, broken.items(), strict=True):
-        assert str(path) in line and reason in line
-    assert not list(out.iterdir())
-
-
-def test_twenty_broken_files_are_named_and_the_others_counted():
-    broken = {f"train/{number}.JPEG": "empty" for number in range(123)}
-    lines = str(write._broken(Path("tree"), broken, 1000)).split("\n")
-    assert len(lines) == 22 and "123 of 1000" in lines[0] and "and 103 more" in lines[-1]
-
-
-def test_broken_files_can_be_left_out(own, tmp_path, capfd):
-    whole = written(own, tmp_path / "whole")
-    broken, out = damage(own), tmp_path / "out"
-    assert run(own, out, "--skip-broken") == 0
-    assert "without 5 broken images" in capfd.readouterr().out
-    names = [str(path.relative_to(own)) for path in broken]
-    assert description(out)["skipped"] == names and "skipped" not in description(whole)
-    for part, images in (("train", 8), ("val", 5)):
-        kept = [path not in broken for path in files(own, part)]
-        expected = itertools.compress(stored(whole / f"{part}.beton"), kept)
-        assert stored(out / f"{part}.beton") == list(expected)
-        assert description(out)["files"][f"{part}.beton"]["images"] == images
-    [_] = train_data(out, total_batch=8).epoch(0)
-
-    assert run(own, out, "--skip-broken") == 0
-    assert "nothing to do, without 5 broken" in capfd.readouterr().out
-    assert run(own, out) == 2
-    assert "--force" in one_line(capfd.readouterr().err)
-
-
-def test_at_least_one_image_has_to_be_left(own, tmp_path, capfd):
-    for path in files(own, "val"):
-        path.write_bytes(b"")
-    assert run(own, tmp_path / "out", "--skip-broken") == 2
-    assert "no image is left" in capfd.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
-
-
-def flat_val(tree):
-    for path in files(tree, "val"):
-        path.rename(tree / "val" / path.name)
-        if not list(path.parent.iterdir()):
-            path.parent.rmdir()
-    return "val has images outside of class folders, like ILSVRC2012_val_00000013.JPEG; expected"
-
-
-def half_sorted_val(tree):
-    path = files(tree, "val")[3]
-    path.rename(tree / "val" / path.name)
-    return f"val has images outside of class folders, like {path.name}; expected"
-
-
-def unknown_class(tree):
-    (tree / "val" / CLASSES[1]).rename(tree / "val" / "n99999999")
-    return "val has classes that aren't in train: n99999999"
-
-
-def empty_class(tree):
-    (tree / "train" / "n00000001").mkdir()
-    return "n00000001 holds no image"
-
-
-def class_without_images(tree):
-    for path in (tree / "val" / CLASSES[2]).iterdir():
-        path.rename(path.with_suffix(".txt"))
-    return f"{CLASSES[2]} holds no image"
-
-
-def archives(tree):
-    shutil.rmtree(tree / "train")
-    (tree / "train").mkdir()
-    (tree / "train" / "n01440764.tar").touch()
-    return "train has no class folders; expected"
-
-
-def no_val(tree):
-    shutil.rmtree(tree / "val")
-    return "val: No such file or directory; expected"
-
-
-def no_tree(tree):
-    shutil.rmtree(tree)
-    return "train: No such file or directory; expected"
-
-
-def a_file(tree):
-    shutil.rmtree(tree)
-    tree.touch()
-    return "train: Not a directory; expected"
-
-
-def a_circle(tree):
-    (tree / "train" / CLASSES[0] / "again").symlink_to("..")
-    return "is a link to a folder that is listed already"
-
-
-LAYOUTS = [
-    flat_val, half_sorted_val, unknown_class, empty_class, class_without_images, archives, no_val,
-    no_tree, a_file, a_circle,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", LAYOUTS)
-def test_a_tree_of_another_layout_is_one_line(own, tmp_path, capfd, change):
-    expected = change(own)
-    assert run(own, tmp_path / "out") == 2
-    message = one_line(capfd.readouterr().err)
-    assert str(own) in message and expected in message
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--max-size", 0), ("--max-size", 4097), ("--quality", 0), ("--quality", 101),
-        ("--jpeg-share", 1.5), ("--jpeg-share", -0.1), ("--jpeg-share", "nan"), ("--workers", 0),
-        ("--jpeg-share", 0.5, "--mode", "raw"),
-    ],
-)  # fmt: skip
-def test_settings_out_of_range_are_one_line(tree, tmp_path, capfd, flags):
-    assert run(tree, tmp_path / "out", *flags) == 2
-    one_line(capfd.readouterr().err)
-    assert not (tmp_path / "out").exists()
-
-
-def test_writing_again_does_nothing_wherever_the_tree_lies(own, tmp_path, capfd):
-    out = written(own, tmp_path / "out")
-    before = {path.name: path.stat().st_ino for path in out.iterdir()}
-    assert sorted(before) == ["dataset.json", "train.beton", "val.beton"]
-    moved = own.rename(tmp_path / "moved")
-    capfd.readouterr()
-    assert run(moved, out, "--workers", 1) == 0
-    assert "nothing to do" in capfd.readouterr().out
-    assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
-    assert str(tmp_path) not in (out / "dataset.json").read_text()
-
-
-def test_other_settings_or_another_tree_are_not_written_over(own, tmp_path, capfd):
-    out = written(own, tmp_path / "out", "--mode", "raw", "--max-size", 64)
-    capfd.readouterr()
-    for flags in ((), ("--mode", "raw"), ("--mode", "jpg", "--max-size", 64)):
-        assert run(own, out, *flags) == 2
-        assert "--force" in one_line(capfd.readouterr().err)
-    files(own, "val")[0].write_bytes(jpegs((100, 130))[30])
-    assert run(own, out, "--mode", "raw", "--max-size", 64) == 2
-    assert "--force" in one_line(capfd.readouterr().err)
-    assert run(own, out, "--force") == 0
-
-
-def test_a_worker_that_dies_is_one_line(tree, tmp_path, capfd, monkeypatch):
-    out = written(tree, tmp_path, "--max-size", 64)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(imagefolder, "decoded", lambda _: os.kill(os.getpid(), signal.SIGKILL))
-    capfd.readouterr()
-    assert run(tree, out, "--force") == 2
-    assert "a worker process died" in capfd.readouterr().err.splitlines()[-1]
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_a_full_disk_is_one_line(tree, tmp_path, capfd):
-    """A file that may not grow is as near as a test gets to a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9 * 2**20, limits[1]))
-    try:
-        assert run(tree, tmp_path / "out") == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"cannot write to {tmp_path / 'out'}: File too large" in capfd.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
-
-
-def slow(arguments, errors):
-    """The command in a process group of its own, at fifty images per second."""
-    os.setsid()
-    sys.stderr = errors.open("w")
-    quick = imagefolder.decoded
-    imagefolder.decoded = lambda content: time.sleep(0.04) or quick(content)
-    sys.exit(write.main(arguments))
-
-
-@pytest.fixture
-def started(own, tmp_path):
-    """A run that takes seconds, in the middle of writing, and its workers."""
-    for number in range(200):
-        add(own, jpegs((100, 130))[number % 40], f"more{number}.JPEG")
-    arguments = ["imagefolder", "--folder", own, "--out", tmp_path / "out", "--workers", 2]
-    command = ([str(argument) for argument in arguments], tmp_path / "errors")
-    process = get_context("fork").Process(target=slow, args=command)
-    process.start()
-    while len(workers := workers_of(process.pid)) < 2:
-        time.sleep(0.02)
-    time.sleep(0.5)
-    yield process, workers
-    process.kill()
-    process.join()
-
-
-def workers_of(pid):
-    """Its child processes, without the one that multiprocessing cleans up with."""
-    children = psutil.Process(pid).children()
-    return [child for child in children if "resource_tracker" not in str(child.cmdline())]
-
-
-def test_an_interrupted_run_leaves_nothing(started, tmp_path):
-    process, workers = started
-    assert [path.name[:13] for path in (tmp_path / "out").iterdir()] == [".train.beton."]
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    process.join(timeout=20)
-    errors = (tmp_path / "errors").read_text()
-    assert process.exitcode == 130 and "Traceback" not in errors
-    assert errors.splitlines()[-1] == "python -m data.write: interrupted"
-    assert not list((tmp_path / "out").iterdir())
-    assert not psutil.wait_procs(workers, timeout=5)[1]
-
-
-def test_workers_end_with_a_run_that_is_killed(started):
-    process, workers = started
-    process.kill()
-    assert not psutil.wait_procs(workers, timeout=10)[1]
-
-
-def test_a_source_that_fails_leaves_no_worker(tree):
-    before = workers_of(os.getpid())
-    storage = imagefolder.Storage(64, 90, 0.5)
-    images = iter(imagefolder.Images(imagefolder.find(tree).train, storage, workers=2))
-    next(images)
-    assert len(workers_of(os.getpid())) == len(before) + 2
-    images.close()
-    assert workers_of(os.getpid()) == before
-
-
-def test_a_link_to_the_folder_itself_is_told(own):
-    (own / "train" / CLASSES[0] / "again").symlink_to(own / "train" / CLASSES[0])
-    with pytest.raises(DataError, match="listed already"):
-        imagefolder.find(own)
-
-
-def test_a_tree_may_have_many_classes(tmp_path):
-    names = make_tree(tmp_path, classes=1000, train=1, val=1, size=(40, 50))
-    tree = imagefolder.find(tmp_path)
-    assert tree.classes == names == sorted(names)
-    assert tree.train.labels.tolist() == tree.val.labels.tolist() == list(range(1000))

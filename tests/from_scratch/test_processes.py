@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from from_scratch.ring_all_reduce import Ring
 from from_scratch.task import Task
 from tests.support.program import ROOT
 from tests.support.ranks import run
+from tests.support.signals import as_in_a_terminal
 
 pytestmark = pytest.mark.slow
 
@@ -212,7 +214,7 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-m", "from_scratch", *flags],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=as_in_a_terminal,
         )  # fmt: skip
 
     def until_epoch(self, number: int) -> None:
@@ -249,7 +251,8 @@ def test_a_killed_worker_ends_the_command() -> None:
     command = Command("--strategy", "ring_all_reduce", *LONG)
     command.until_epoch(2)
     below = list(children(command.process.pid))
-    os.kill(max(below), signal.SIGKILL)  # the process that was started last
+    newest = max(below, key=lambda pid: (psutil.Process(pid).create_time(), pid))
+    os.kill(newest, signal.SIGKILL)
     code, told = command.ended()
     assert code == 1
     assert re.fullmatch(r"from_scratch: worker 2 was killed by SIGKILL \(exit code -9\)\n", told)

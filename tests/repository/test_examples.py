@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 
 # Program and flags -> synchronisations it reports.
@@ -24,6 +22,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUNS, ids=" ".join)
 def test_it_runs_and_learns(command: tuple[str, ...]) -> None:
     program, *flags = command

@@ -12,11 +12,10 @@ import pytest
 from tests.support.program import ROOT
 from training.plan import plan
 
-pytestmark = pytest.mark.slow
-
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_program_runs_as_printed(tmp_path: Path) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "train.py").write_text(program)
@@ -71,6 +70,7 @@ def test_its_table_of_shares_was_found() -> None:
 LAUNCHERS = {"--hostfile", "--master_addr", "--no_ssh", "--no_ssh_check"}
 
 
+@pytest.mark.slow
 def test_the_flags_it_names_are_those_of_help() -> None:
     pages = README + (ROOT / "docs/choosing-alpha.md").read_text()
     named = re.findall(r"main\.py[^`\n]*? (--[\w-]+)|`(--[\w-]+)[`= ]", pages)

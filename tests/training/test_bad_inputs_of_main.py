@@ -1,6 +1,6 @@
 """From outside the process: one line and status 2 for what cannot be, a traceback and 1 for a bug.
 
-`test_bad_inputs.py` has the many; these are some of each kind, through main.py.
+The test_bad_*.py files have the many; these are some of each kind, through main.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 
 from data import write
 from tests.support.program import ROOT, start
+from tests.support.refusals import contents
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +28,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with redirect_stderr(io.StringIO()):
         write.write("digits", {"size": 32, "split": "test"}, folder / "digits")
     return folder
-
-
-def contents(folder: Path) -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 # Refused before anything is imported: nothing else may be on standard error.

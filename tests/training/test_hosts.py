@@ -97,7 +97,7 @@ def test_the_end_of_a_rank_or_launcher_ends_the_run_on_all_hosts(
     while not all(list(folder.glob("*/checkpoints/step-*")) for folder in runs):
         assert runner.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
-    ranks = {process.environ()["RANK"]: process for process in programs()}
+    ranks = {process.environ()["RANK"]: process for process in programs(hosts)}
     assert set(ranks) == {"0", "1"}
     if event == "a rank is killed":
         ranks["1"].kill()
@@ -114,15 +114,23 @@ def test_the_end_of_a_rank_or_launcher_ends_the_run_on_all_hosts(
         assert markers == [1, 0], log.read_text()
 
 
-def programs() -> list[psutil.Process]:
-    """The processes that train, on whatever host."""
+def programs(hosts: list[Host]) -> list[psutil.Process]:
+    """The processes that train on these hosts; others of this machine are another test's."""
+    networks = {network(host.keeper) for host in hosts}
     found = []
     for process in psutil.process_iter():
-        with suppress(psutil.Error):
+        with suppress(psutil.Error, OSError):
+            if network(process.pid) not in networks:
+                continue
             command = process.cmdline()
             if "main.py" in command and "RANK" in process.environ() and "--dead-after" in command:
                 found += [process] if "launch" not in " ".join(command[:4]) else []
     return found
+
+
+def network(pid: int) -> str:
+    """The name of the network namespace that a process is in."""
+    return os.readlink(f"/proc/{pid}/ns/net")
 
 
 @pytest.mark.skipif("openssh-client" in lacks_ssh(), reason="apt-get install openssh-client")

@@ -1,0 +1,57 @@
+"""main.py started by DeepSpeed's launcher, by one that says no ranks, and by none."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.program import ROOT, start
+
+from .runs import SHORT, one_line
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
+    return ("--data-pth", data, "--log-pth", str(tmp_path / "runs"), *SHORT)
+
+
+def test_one_replica_needs_no_launcher(flags) -> None:
+    outcome = start(*flags, world_size=1)
+    assert outcome.codes == [0], outcome.errors
+    assert "1 replica\n" in outcome.outputs[0]
+
+
+def deepspeed(hostfile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The command that the README names, on this host alone."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    launcher = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", str(hostfile), "--no_ssh_check"]
+    address = ["--master_addr", "127.0.0.1", "--master_port", port]
+    return subprocess.run(
+        [*launcher, *address, "main.py", *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+
+
+def test_deepspeeds_launcher_starts_it(flags) -> None:
+    done = deepspeed(ROOT / "hostfile", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "2 replicas" in done.stdout
+
+
+def test_a_missing_hostfile_is_named_where_deepspeed_would_train_on_one_process(flags) -> None:
+    done = deepspeed(Path("/no/hostfile"), *flags)
+    assert done.returncode != 0
+    (line,) = [row for row in done.stderr.splitlines() if row.startswith("main.py:")]
+    assert "hostfile /no/hostfile is missing" in line
+
+
+def test_processes_of_a_launcher_that_says_no_ranks_do_not_train_alone(flags, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    line = one_line(start(*flags, world_size=1))
+    assert "SLURM_STEP_NUM_TASKS is 2" in line
