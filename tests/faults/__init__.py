@@ -1,0 +1,1 @@
+"""Faults that are put into the code one at a time, to see which test catches each."""
