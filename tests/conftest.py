@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+# Threads of OpenMP that wait must not hold the cores that others compute on; read when torch comes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 SUBJECTS = ("localopt", "training", "data", "from_scratch", "repository", "gpu")
 
 

@@ -91,7 +91,9 @@ def alone(m: int) -> np.ndarray:
 
 @pytest.mark.parametrize("manual", [False, True], ids=["step", "each call by hand"])
 @pytest.mark.parametrize(
-    ("name", "oracle"), [("EASGD", easgd), ("LSGD", lsgd), (None, alone)], ids=str
+    ("name", "oracle"),
+    [("EASGD", easgd), ("LSGD", lsgd), (None, alone)],
+    ids=["EASGD", "LSGD", "None"],
 )
 def test_published_equations(name: str | None, oracle: Any, manual: bool) -> None:
     """With c, p and H as published, and "exactly every H steps"."""
