@@ -65,28 +65,30 @@ def roll_back(rank: int, m: int) -> None:
 
 
 def test_rolling_back_forgets_what_is_in_flight() -> None:
-    run(roll_back, 2)
+    run(roll_back, 2, timeout=100)
 
 
 def bare_state(rank: int, m: int) -> None:
     """Weights and the inner optimizer's state alone: a new run begins from there."""
     for name, index, inner in every_case():
         outcomes = []
-        for warm in (False, True):
+        for warm, landed in ((False, False), (True, False), (True, True)):
             model = Model()
             optimizer = local_optimizer(name, index, inner, model, Constant(2))
             state = copy.deepcopy(optimizer.inner.state_dict())
             if warm:
                 steps(optimizer, rank, 5)
+            if landed:
+                optimizer.state_dict()  # has waited for what is in flight
             model.set_vector(torch.full((SIZE,), 0.5))
             optimizer.load_state_dict(state)
             steps(optimizer, rank, 7)
             outcomes.append(model.vector())
-        assert torch.equal(*outcomes), (name, index)
+        assert all(torch.equal(outcomes[0], other) for other in outcomes), (name, index)
 
 
 def test_a_bare_state_begins_anew() -> None:
-    run(bare_state, 2)
+    run(bare_state, 2, timeout=100)
 
 
 # Replicas and settings that differ.
@@ -120,7 +122,7 @@ def differing(rank: int, m: int) -> set[str]:
 
 
 def test_finish_makes_equal_what_was_loaded_apart() -> None:
-    for changed in run(differing, 2):
+    for changed in run(differing, 2, timeout=100):
         assert changed >= {"Average", "BlockMomentum", "HierarchicalAverage"}
 
 
@@ -140,7 +142,7 @@ def one_outer_rate(rank: int, m: int) -> list[str]:
 
 
 def test_outer_settings_that_differ_are_named() -> None:
-    one, other = run(one_outer_rate, 2)
+    one, other = run(one_outer_rate, 2, timeout=100)
     assert one == other and len(one) >= 4
     assert all("at step 6 the settings of rank 0 and rank 1 differ" in text for text in one)
 
@@ -164,10 +166,10 @@ def without_rate(rank: int, m: int, ranks: set[int]) -> list[tuple[int, str]]:
 def test_a_rate_of_zero_is_refused_on_every_rank() -> None:
     """Nothing is divided by γ = 0; where one replica has it, all say so (overlapped: a
     round late)."""
-    for told in run(without_rate, 2, {0, 1}):
+    for told in run(without_rate, 2, {0, 1}, timeout=100):
         assert all(text.startswith("ValueError: the mean learning rate") for _, text in told)
         assert {delay for delay, _ in told} == {0, 1}
-    zero, one = run(without_rate, 2, {0})
+    zero, one = run(without_rate, 2, {0}, timeout=100)
     for (delay, text), (_, other) in zip(zero, one, strict=True):
         assert "ReplicaMismatchError" in other
         assert "mean learning rate" in text if delay else text == other
@@ -278,7 +280,7 @@ def reports(rank: int, m: int) -> dict[tuple[str, int], tuple[int, list[int | No
 
 
 def test_only_what_runs_behind_training_is_reported_late() -> None:
-    for seen in run(reports, 2):
+    for seen in run(reports, 2, timeout=100):
         assert {delay for delay, _ in seen.values()} == {0, 1}
         for case, (delay, told) in seen.items():
             assert told == ([None, 2, 4, 6] if delay else [2, 4, 6, 6]), case
