@@ -12,6 +12,7 @@ import numba
 import pytest
 
 from data import compiled as compiled_
+from tests.support.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 # What decoding and augmenting need: as a loader calls it, without an image.
@@ -35,7 +36,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     def counts() -> list[list[int]]:
         ended = subprocess.run(
             [sys.executable, "-c", PROGRAM], cwd=ROOT, text=True, capture_output=True, check=True,
-            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, timeout=100,
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, timeout=PATIENCE,
         )  # fmt: skip
         return json.loads(ended.stdout)
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from data import imagefolder, write
+from tests.support.patience import PATIENCE
 from tests.support.photographs import jpegs
 from tests.support.signals import as_in_a_terminal
 
@@ -158,18 +159,18 @@ def test_an_interrupted_run_leaves_nothing(started, tmp_path):
     process, workers = started
     assert [path.name[:13] for path in (tmp_path / "out").iterdir()] == [".train.beton."]
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    process.join(timeout=20)
+    process.join(PATIENCE)
     errors = (tmp_path / "errors").read_text()
     assert process.exitcode == 130 and "Traceback" not in errors
     assert errors.splitlines()[-1] == "python -m data.write: interrupted"
     assert not list((tmp_path / "out").iterdir())
-    assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert not psutil.wait_procs(workers, timeout=PATIENCE)[1]
 
 
 def test_workers_end_with_a_run_that_is_killed(started):
     process, workers = started
     process.kill()
-    assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert not psutil.wait_procs(workers, timeout=PATIENCE)[1]
 
 
 def test_a_source_that_fails_leaves_no_worker(tree):

@@ -12,6 +12,7 @@ import torch
 
 from data import loaders, order
 from data.dataset import Dataset
+from tests.support.patience import PATIENCE
 
 from .pictures import SIDE, TRAIN, VAL, collected, pixels, same, train_data, val_data
 
@@ -229,7 +230,7 @@ assert torch.get_num_threads() == 3, torch.get_num_threads()
 """
     result = subprocess.run(
         [sys.executable, "-W", "default", "-c", program],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 

@@ -12,6 +12,7 @@ import pytest
 
 from data import write
 from data.digits import CLASSES, digits, enlarge, stratified
+from tests.support.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -177,7 +178,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_command_ends_quietly(tmp_path):
     command = [sys.executable, "-m", "data.write", "digits", "--out", str(tmp_path), "--size", "8"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0
     assert result.stdout == f"{tmp_path}: written\n"
     assert "Error" not in result.stderr and "Warning" not in result.stderr

@@ -31,6 +31,7 @@ from from_scratch.meter import Meter
 from from_scratch.processes import Peer, Row, WorkerError
 from from_scratch.ring_all_reduce import Ring
 from from_scratch.task import Task
+from tests.support.patience import PATIENCE
 from tests.support.program import ROOT
 from tests.support.ranks import run
 from tests.support.signals import as_in_a_terminal
@@ -59,12 +60,11 @@ def averages(rank: int, n: int, links: list[Any]) -> list[tuple[float, int]]:
     return told
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_the_ring_is_all_reduce(n: int) -> None:
     """As torch's over gloo, and 2 (N − 1) ⌈size / N⌉ · 8 bytes from each rank."""
     links = list(ring_all_reduce.peers(n).values())
-    for told in run(averages, n, links, timeout=40):
+    for told in run(averages, n, links):
         for size, (error, sent) in zip(SIZES, told, strict=True):
             assert error < 1e-14
             assert sent == 2 * (n - 1) * -(-size // n) * 8
@@ -103,7 +103,6 @@ CASES = [(ring_all_reduce, n, b) for n in (1, 2, 3, 4, 5) for b in (8, 3)]
 CASES += [(param_server, n, b) for n in (2, 3, 4, 5) for b in (8, 3)] + [(ddp, 2, 3)]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("strategy", "n", "batch_size"), CASES, ids=lambda x: getattr(x, "__name__", x)
 )
@@ -135,7 +134,6 @@ def sent_per_epoch(strategy: Any, name: str, n: int, task: Task) -> int:
     return task.updates * 8 * chunk[strategy]
 
 
-@pytest.mark.timeout(60)
 def test_float32_replicas_stay_equal_bit_for_bit() -> None:
     task = small_task(8, torch.float32)
     weights = processes.run(ring_all_reduce.train, task, ring_all_reduce.peers(4))
@@ -165,7 +163,6 @@ class Failing:
         return self.train(peer, task, link)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("strategy", "rank", "name", "how"),
     [
@@ -223,7 +220,7 @@ class Command:
                 return
         raise AssertionError(self.process.stderr.read())
 
-    def ended(self, timeout: float = 20) -> tuple[int, str]:
+    def ended(self, timeout: float = PATIENCE) -> tuple[int, str]:
         """The exit status, and what it said on standard error."""
         drain = threading.Thread(target=self.process.stdout.read)
         drain.start()
@@ -246,7 +243,6 @@ class Command:
 LONG = ("--workers", "3", "--epochs", "1000", "--train-size", "64", "--batch-size", "32")
 
 
-@pytest.mark.timeout(60)
 def test_a_killed_worker_ends_the_command() -> None:
     command = Command("--strategy", "ring_all_reduce", *LONG)
     command.until_epoch(2)
@@ -259,7 +255,6 @@ def test_a_killed_worker_ends_the_command() -> None:
     assert gone(below)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("number", "to_all", "code", "told"),
     [
@@ -275,7 +270,7 @@ def test_a_signal_leaves_no_process(number: int, to_all: bool, code: int, told: 
     below = list(children(command.process.pid))
     assert len(below) >= 3
     (os.killpg if to_all else os.kill)(command.process.pid, number)
-    command.process.wait(20)
+    command.process.wait(PATIENCE)
     assert gone(below)
     ended, said = command.ended()
     assert ended == code
@@ -284,7 +279,7 @@ def test_a_signal_leaves_no_process(number: int, to_all: bool, code: int, told: 
 
 def gone(pids: list[int]) -> bool:
     """Whether all have ended within a few seconds."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if not any(_runs(pid) for pid in pids):
             return True
@@ -299,7 +294,6 @@ def _runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.timeout(60)
 def test_all_strategies_learn_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command on the digits: same seed, same accuracy, whoever averages."""
     forkserver.ensure_running()  # before the command tells it to import less than other tests need

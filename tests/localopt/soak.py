@@ -24,6 +24,7 @@ from torch.distributed import distributed_c10d
 from localopt import Constant, LocalSGD, Watch
 from localopt.collective import Collective
 from localopt.sync import RULES
+from tests.support.patience import PATIENCE
 from tests.support.ranks import run
 
 RANKS = 4
@@ -97,7 +98,7 @@ def soak(rank: int, world_size: int, rule: str, rounds: int) -> tuple[Holdings, 
 
 def check(rule: str, rounds: int) -> tuple[Holdings, Holdings]:
     """Raise AssertionError if a rank holds more at the end; return what rank 0 holds."""
-    held = run(soak, RANKS, rule, rounds, timeout=60 + rounds / 20)
+    held = run(soak, RANKS, rule, rounds, timeout=PATIENCE + rounds / 20)
     for rank, (first, last) in enumerate(held):
         grown = last.memory - first.memory
         assert grown < 2 * 2**20, f"{rule}: rank {rank} has grown by {grown} bytes"

@@ -93,7 +93,7 @@ def test_matches_its_oracle(name: str, m: int) -> None:
     0: one replica, without torch.distributed.
     """
     problem = oracle.Quadratics.make(m or 1, SIZE, seed=m)
-    ranks = run(follow, m, name, problem, timeout=100) if m else [follow(0, 1, name, problem)]
+    ranks = run(follow, m, name, problem) if m else [follow(0, 1, name, problem)]
     for (index, inner), period, dtype in itertools.product(cases(name), PERIODS, TOLERANCE):
         case = oracle.CASES[name][index]
         expected = oracle.simulate(case, inner, PERIODS[period][1], problem, LRS)

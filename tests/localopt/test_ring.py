@@ -162,7 +162,7 @@ def one_dies(rank: int, m: int) -> None:
 
 def test_a_lost_rank_is_an_error() -> None:
     """On the ranks that it talks with, at once; not a wait for ever."""
-    (ok, told), _ = outcomes_of(one_dies, 2, timeout=20)
+    (ok, told), _ = outcomes_of(one_dies, 2)
     assert not ok and "Connection closed by peer" in told
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_at_the_boundary(claim: Callable[[int, int], None]) -> None:
 
 # What overlaps with training.
 
-LATE = 0.8  # seconds that rank 1 comes late to the first boundary
+LATE = 0.8  # seconds that rank 1 comes late to the first boundary, at least
 OVERLAPPED: dict[str, Callable[[], Rule]] = {
     "EASGD": EASGD, "Overlap": OverlapLocalSGD, "CoCoD": CoCoDSGD,
 }  # fmt: skip
@@ -190,8 +191,9 @@ BLOCKING: dict[str, Callable[[], Rule]] = {
 }  # fmt: skip
 
 
-def late(rank: int, m: int) -> dict[str, tuple[float, float, float, float]]:
-    seen = {}
+def late(rank: int, m: int, meetings: str) -> dict[str, tuple[float, float, float]]:
+    """The seconds of rank 1's boundary, and the rule's hidden and exposed ones."""
+    store, seen = dist.FileStore(meetings, m), {}
     for name, rule in {**OVERLAPPED, **BLOCKING}.items():
         p = nn.Parameter(torch.zeros(1000))
         optimizer = LocalOptimizer(torch.optim.SGD([p], 0.1), Constant(2), rule())
@@ -199,34 +201,35 @@ def late(rank: int, m: int) -> dict[str, tuple[float, float, float, float]]:
         optimizer.step()
         dist.barrier()
         if rank == 1:
+            if name in OVERLAPPED:  # for ever, if it had to wait for this one
+                store.wait([f"{name}: rank 0 has passed"])
             time.sleep(LATE)
         started = time.perf_counter()
         optimizer.step()
         boundary = time.perf_counter() - started
+        store.set(f"{name}: rank {rank} has passed", "")
         optimizer.step()
-        if rank == 0:
-            time.sleep(LATE)  # its round goes on while rank 1 is on its way
-        started = time.perf_counter()
+        store.wait([f"{name}: rank 1 has passed"])  # rank 0's round goes on until then
+        time.sleep(0.1)
         optimizer.step()
-        second = time.perf_counter() - started
         traffic = optimizer.traffic
-        seen[name] = boundary, second, traffic.hidden, traffic.exposed
+        seen[name] = boundary, traffic.hidden, traffic.exposed
         optimizer.finish()
         assert traffic.syncs == 2 and traffic.bytes > 0
         assert traffic.wait[rank] > 0.5 * LATE or rank == 1
     return seen
 
 
-def test_overlapped_rules_overlap() -> None:
+@pytest.mark.alone
+def test_overlapped_rules_overlap(tmp_path: Path) -> None:
     """Who comes to a boundary before a late peer does not wait for it, and the time that the
     collective took is hidden; under rules that do not overlap training stands still for it."""
-    zero, _ = run(late, 2)
+    zero, _ = run(late, 2, str(tmp_path / "meetings"))
     for name in OVERLAPPED:
-        boundary, second, hidden, exposed = zero[name]
-        assert max(boundary, second) < 0.5 * LATE, (name, boundary, second)
+        _, hidden, exposed = zero[name]
         assert hidden > 0.75 * LATE > exposed, (name, hidden, exposed)
     for name in BLOCKING:
-        boundary, _, hidden, exposed = zero[name]
+        boundary, hidden, exposed = zero[name]
         assert min(boundary, exposed) > 0.75 * LATE > hidden, (name, boundary, hidden, exposed)
 
 
@@ -259,7 +262,7 @@ def trouble_in_a_group(rank: int, m: int, name: str, kind: str) -> None:
 def test_trouble_in_a_group(name: str, kind: str) -> None:
     """Who meets the replica at the next boundary names it. Other groups cannot know: they find
     their peers gone when they next meet, and do not wait for ever."""
-    outcomes = outcomes_of(trouble_in_a_group, 4, name, kind, timeout=25)  # gloo's own is 30 s
+    outcomes = outcomes_of(trouble_in_a_group, 4, name, kind, timeout=100)  # gloo waits longer
     assert not any(ok for ok, _ in outcomes)
     wanted = {
         "bad": ["NonFiniteError: rank 1 brought NaN or infinity", "at step 6"],

@@ -65,7 +65,7 @@ def roll_back(rank: int, m: int) -> None:
 
 
 def test_rolling_back_forgets_what_is_in_flight() -> None:
-    run(roll_back, 2, timeout=100)
+    run(roll_back, 2)
 
 
 def bare_state(rank: int, m: int) -> None:
@@ -88,7 +88,7 @@ def bare_state(rank: int, m: int) -> None:
 
 
 def test_a_bare_state_begins_anew() -> None:
-    run(bare_state, 2, timeout=100)
+    run(bare_state, 2)
 
 
 # Replicas and settings that differ.
@@ -122,7 +122,7 @@ def differing(rank: int, m: int) -> set[str]:
 
 
 def test_finish_makes_equal_what_was_loaded_apart() -> None:
-    for changed in run(differing, 2, timeout=100):
+    for changed in run(differing, 2):
         assert changed >= {"Average", "BlockMomentum", "HierarchicalAverage"}
 
 
@@ -142,7 +142,7 @@ def one_outer_rate(rank: int, m: int) -> list[str]:
 
 
 def test_outer_settings_that_differ_are_named() -> None:
-    one, other = run(one_outer_rate, 2, timeout=100)
+    one, other = run(one_outer_rate, 2)
     assert one == other and len(one) >= 4
     assert all("at step 6 the settings of rank 0 and rank 1 differ" in text for text in one)
 
@@ -166,10 +166,10 @@ def without_rate(rank: int, m: int, ranks: set[int]) -> list[tuple[int, str]]:
 def test_a_rate_of_zero_is_refused_on_every_rank() -> None:
     """Nothing is divided by γ = 0; where one replica has it, all say so (overlapped: a
     round late)."""
-    for told in run(without_rate, 2, {0, 1}, timeout=100):
+    for told in run(without_rate, 2, {0, 1}):
         assert all(text.startswith("ValueError: the mean learning rate") for _, text in told)
         assert {delay for delay, _ in told} == {0, 1}
-    zero, one = run(without_rate, 2, {0}, timeout=100)
+    zero, one = run(without_rate, 2, {0})
     for (delay, text), (_, other) in zip(zero, one, strict=True):
         assert "ReplicaMismatchError" in other
         assert "mean learning rate" in text if delay else text == other
@@ -280,7 +280,7 @@ def reports(rank: int, m: int) -> dict[tuple[str, int], tuple[int, list[int | No
 
 
 def test_only_what_runs_behind_training_is_reported_late() -> None:
-    for seen in run(reports, 2, timeout=100):
+    for seen in run(reports, 2):
         assert {delay for delay, _ in seen.values()} == {0, 1}
         for case, (delay, told) in seen.items():
             assert told == ([None, 2, 4, 6] if delay else [2, 4, 6, 6]), case

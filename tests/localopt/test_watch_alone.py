@@ -11,6 +11,7 @@ import pytest
 
 from localopt import Watch
 from localopt.collective import Collective, waiting
+from tests.support.patience import PATIENCE
 from tests.support.watched import BEAT, TERM
 
 
@@ -20,7 +21,7 @@ def test_one_rank() -> None:
     with Watch(Collective(), beat=BEAT) as watch:
         assert watch.begin(0) and watch.begin(1)
         os.kill(os.getpid(), TERM)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while watch.signal is None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert watch.signal == TERM and not watch.begin(2)

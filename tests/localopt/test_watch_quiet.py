@@ -70,6 +70,7 @@ def burn(seconds: float) -> None:
         pass
 
 
+@pytest.mark.alone
 def test_no_false_alarm_on_a_busy_machine() -> None:
     """Two hundred beats, with more busy processes than cores, and Python held by steps."""
     busy = [context.Process(target=burn, args=(5.0,)) for _ in range(2 * (os.cpu_count() or 2))]

@@ -65,11 +65,12 @@ def test_stop_inside_a_collective() -> None:
     with ranks(waits_for_a_slow_one, 2) as run:
         run.wait_for("step 1")
         time.sleep(0.1)
+        made = run.said(0).count("step")
         run.send(1, TERM)
         assert run.codes() == [0, 0]
-        assert re.findall(r"end \d+", run.said(0)) == re.findall(r"end \d+", run.said(1))
+        (end,) = {*re.findall(r"end (\d+)", run.said(0)), *re.findall(r"end (\d+)", run.said(1))}
         assert "SIGTERM on rank 1" in run.said(0)
-        assert run.seconds < 2
+        assert int(end) - made <= 4, "two, and as many for a busy machine"
 
 
 def cannot_be_asked(rank: Rank) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 OURS = {"localopt", "training", "data", "from_scratch"}
 COLLECTIVES = {
@@ -210,5 +212,5 @@ optimizer.finish()
 def test_import_hygiene() -> None:
     """Importing and using the library asks for no third-party module beyond torch."""
     command = [sys.executable, "-c", BLOCKER]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr

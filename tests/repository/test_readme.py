@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE
 from tests.support.program import ROOT
 from training.plan import plan
 
@@ -28,7 +29,7 @@ def test_the_program_runs_as_printed(tmp_path: Path) -> None:
         "2",
     ]
     done = subprocess.run(
-        [*torchrun, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100
+        [*torchrun, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     told = re.search(r"accuracy ([\d.]+)%, (\d+) synchronisations in 500 steps", done.stdout)

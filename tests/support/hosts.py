@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks._link import Host, two_hosts
 
+from .patience import PATIENCE
 from .program import ROOT
 
 DISK = Path("/run")  # on each host a disk of its own, in memory
@@ -96,7 +97,7 @@ def launch(
     commands: Mapping[Host, Sequence[str]],
     environment: Mapping[str, str],
     logs: Path,
-    seconds: float = 100,
+    seconds: float = PATIENCE,
 ) -> dict[str, tuple[int, str]]:
     """Run a command on each host, in the repository; return exit status and output, by host.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .patience import PATIENCE
 from .ports import free_port
 from .ranks import context
 
@@ -83,7 +84,7 @@ class Running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, number)
 
-    def ended(self, timeout: float, *, afterwards: float = 10) -> Outcome:
+    def ended(self, timeout: float = PATIENCE, *, afterwards: float = PATIENCE) -> Outcome:
         """Wait for the end; a rank that takes longer is killed.
 
         When a rank fails the others have ``afterwards`` seconds to end too.
@@ -106,7 +107,7 @@ class Running:
         return Outcome(codes, outputs, errors)
 
 
-def start(*flags: str, timeout: float = 120, **options: Any) -> Outcome:
+def start(*flags: str, timeout: float = PATIENCE, **options: Any) -> Outcome:
     """Run main.py to its end; ``options`` are those of `Running`."""
     return Running(*flags, **options).ended(timeout)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +17,12 @@ import torch.distributed as dist
 
 from localopt import Watch
 from localopt.collective import Collective
+from tests.support.patience import PATIENCE
+from tests.support.ports import free_port
 from tests.support.ranks import context
 
-BEAT, DEAD_AFTER, SLACK = 0.1, 1.5, 4.0  # seconds; slack for a machine that does other things
+BEAT, DEAD_AFTER = 0.1, 1.5  # seconds
+SLACK = 20.0  # for a machine that does other things; what else would end a rank takes far longer
 H = 5  # steps between collectives
 KILL, STOP, TERM, INT = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGINT
 ADVICE = "resume from the newest checkpoint"
@@ -65,7 +67,7 @@ def _main(
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=m,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=PATIENCE),
     )  # fmt: skip
     dist.barrier()
     code, mine = 0, Rank(rank, folder)
@@ -92,7 +94,7 @@ class Run:
         return (self.folder / f"{rank}.err").read_text()
 
     def wait_for(self, text: str, *ranks: int) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         for rank in ranks or range(len(self.processes)):
             while f"{text}\n" not in self.said(rank):
                 assert time.monotonic() < deadline, f"rank {rank} never said {text!r}"
@@ -102,7 +104,7 @@ class Run:
         self._hit = time.monotonic()
         os.kill(self.processes[rank].pid, number)
 
-    def codes(self, *besides: int, timeout: float = 30) -> list[int | None]:
+    def codes(self, *besides: int, timeout: float = PATIENCE) -> list[int | None]:
         """Exit codes of all ranks but ``besides``, which may go on; None where one does."""
         for rank, process in enumerate(self.processes):
             if rank not in besides:
@@ -118,8 +120,7 @@ class Run:
 
 @contextmanager
 def ranks(function: Callable[..., None], m: int, *args: Any) -> Iterator[Run]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from pathlib import Path
 
+from tests.support.patience import PATIENCE
 from training.checkpoint import MANIFEST, publish
 
 HOSTS, SAVES = 3, 40
@@ -31,6 +32,6 @@ def test_hosts_that_share_a_disk_publish_one_checkpoint(tmp_path: Path) -> None:
     for host in hosts:
         host.start()
     for host in hosts:
-        host.join(60)
+        host.join(PATIENCE)
     assert failures.empty(), failures.get()
     assert all((tmp_path / f"step-{save}" / MANIFEST).exists() for save in range(SAVES))

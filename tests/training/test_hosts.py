@@ -17,6 +17,7 @@ import torch
 
 from benchmarks._link import Host
 from tests.support.hosts import DISK, hosts_with_disks, lacks_ssh, launch, seen, serve_ssh, write
+from tests.support.patience import PATIENCE
 from tests.support.program import ROOT
 
 pytestmark = pytest.mark.slow
@@ -93,7 +94,7 @@ def test_the_end_of_a_rank_or_launcher_ends_the_run_on_all_hosts(
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
     runs = [seen(host, DISK / host.name / "runs") for host in hosts]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not all(list(folder.glob("*/checkpoints/step-*")) for folder in runs):
         assert runner.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
@@ -103,8 +104,8 @@ def test_the_end_of_a_rank_or_launcher_ends_the_run_on_all_hosts(
         ranks["1"].kill()
     else:
         psutil.Process(runner.pid).children()[0].terminate()  # of nsenter's: the launcher itself
-    status = runner.wait(40)
-    assert not psutil.wait_procs(ranks.values(), timeout=40)[1], "a rank is left"
+    status = runner.wait(PATIENCE)
+    assert not psutil.wait_procs(ranks.values(), timeout=PATIENCE)[1], "a rank is left"
     if event == "a rank is killed":
         assert status != 0
         named = r"rank 1 on hostb has died .*last at step \d+.*--resume auto"

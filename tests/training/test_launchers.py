@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE
+from tests.support.ports import free_port
 from tests.support.program import ROOT, start
 
 from .runs import SHORT, one_line
@@ -28,13 +29,12 @@ def test_one_replica_needs_no_launcher(flags) -> None:
 
 def deepspeed(hostfile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """The command that the README names, on this host alone."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     launcher = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", str(hostfile), "--no_ssh_check"]
     address = ["--master_addr", "127.0.0.1", "--master_port", port]
     return subprocess.run(
         [*launcher, *address, "main.py", *flags],
-        cwd=ROOT, capture_output=True, text=True, timeout=100,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.patience import PATIENCE
+from tests.support.ports import free_port
 from tests.support.program import ROOT, Running
 from training import checkpoint
 
@@ -36,7 +37,7 @@ def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
 
 def at_work(running: Running, tmp_path: Path) -> None:
     """Wait for the first checkpoint."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("runs/*/checkpoints/step-*")):
         assert running.alive() and time.monotonic() < deadline, running.ended(1).errors
         time.sleep(0.02)
@@ -56,10 +57,10 @@ def test_a_rank_that_dies_or_is_stopped_ends_the_run(
     time.sleep(random.Random(f"{rank}{number}").uniform(0, 0.3))
     running.signal(getattr(signal, number), [rank])
     other = running.processes[1 - rank]
-    other.join(30)  # within dead_after, a beat, and what a busy machine takes
+    other.join(PATIENCE)
     code = other.exitcode
     running.signal(signal.SIGKILL, [rank])
-    outcome = running.ended(30)
+    outcome = running.ended()
     assert code == 3, outcome.errors
     (line,) = lines(outcome.errors[1 - rank], f"rank {rank} on ")
     assert told in line and "last at step" in line and line.endswith("--resume auto")
@@ -81,7 +82,7 @@ def test_a_rank_that_fails_is_named(
 ) -> None:
     monkeypatch.setenv("FAULT", fault)
     flags = [*flags, "--save-steps", "0"]
-    outcome = Running(*flags, script=FAULTY).ended(60, afterwards=20)
+    outcome = Running(*flags, script=FAULTY).ended()
     assert outcome.codes == codes, outcome.errors
     said = "\n".join(outcome.errors)
     assert all(part in said for part in told.split("*"))
@@ -96,7 +97,7 @@ def test_a_signal_to_any_rank_saves_and_stops_all(
     running = Running(*flags)
     at_work(running, tmp_path)
     running.signal(getattr(signal, number), ranks)
-    outcome = running.ended(60)
+    outcome = running.ended()
     assert outcome.codes == [128 + getattr(signal, number)] * 2, outcome.errors
     assert f"{number} on " in outcome.outputs[0].splitlines()[-1]
     (folder,) = (tmp_path / "runs").iterdir()
@@ -109,7 +110,7 @@ def test_a_signal_to_any_rank_saves_and_stops_all(
         assert again.alive(), again.ended(1).errors
         time.sleep(0.02)
     again.signal(signal.SIGTERM, (0,))
-    again.ended(60)
+    again.ended()
     assert max(checkpoint.found(folder / "checkpoints")) >= told["step"]
 
 
@@ -133,7 +134,7 @@ def launched(command: list[str], flags: tuple[str, ...], log: Path) -> subproces
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen[str], log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
@@ -142,8 +143,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str], log: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int) -> None:
     """Which on one host passes signals on to none of them."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [
         str(ROOT / ".venv/bin/deepspeed"), "--hostfile", "hostfile", "--no_ssh_check",
         "--master_addr", "127.0.0.1", "--master_port", port, "main.py",
@@ -153,8 +153,8 @@ def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int
     ranks = ranks_of(flags)
     assert set(ranks) == {"0", "1"}
     launcher.send_signal(number)
-    launcher.wait(30)
-    assert not psutil.wait_procs(ranks.values(), timeout=30)[1], "a rank is left"
+    launcher.wait(PATIENCE)
+    assert not psutil.wait_procs(ranks.values(), timeout=PATIENCE)[1], "a rank is left"
     (marker,) = tmp_path.glob("runs/*/preempted")
     assert "the launcher of rank" in marker.read_text()
 
@@ -167,7 +167,7 @@ def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
     script = launched(command, given, log := tmp_path / "log")
     until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), script, log)
     ranks_of(flags)["1"].kill()
-    assert script.wait(120) == 0, log.read_text()
+    assert script.wait(PATIENCE) == 0, log.read_text()
     told = log.read_text()
     assert told.count("starting it again from its newest checkpoint (1 restarts left)") == 1
     (folder,) = (tmp_path / "runs").iterdir()
@@ -197,7 +197,7 @@ def test_a_rank_with_other_software_is_named(
         f"if os.environ['RANK'] == '1':\n    {change}\n"
         "sys.exit(main.main(config.load(sys.argv[1:])))\n"
     )
-    outcome = Running(*flags, script=other).ended(60, afterwards=20)
+    outcome = Running(*flags, script=other).ended()
     assert outcome.codes == [2, 2], outcome.errors
     for rank in (0, 1):
         (line,) = outcome.complaints(rank)
@@ -215,12 +215,12 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(flags, tmp_path: Path) -
         process.stdout.close()
         process.stderr.close()
         (folder,) = (tmp_path / "runs").iterdir()
-        before, deadline = evaluations(folder), time.monotonic() + 60
+        before, deadline = evaluations(folder), time.monotonic() + PATIENCE
         while evaluations(folder) < before + 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
         assert (folder / "preempted").exists()
     finally:
         process.kill()

@@ -13,6 +13,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional
 
+from tests.support.patience import PATIENCE
 from training import models
 from training.checks import with_fitting_batches
 from training.config import ConfigError, load
@@ -45,7 +46,7 @@ def mixed(replicas: int, physical: int, step: int = 3) -> tuple[torch.Tensor, to
 def test_importing_the_methods_leaves_signals_alone() -> None:
     """composer takes over those that end a process."""
     script = "import signal, training.methods; signal.raise_signal(signal.SIGTERM)"
-    process = subprocess.run([sys.executable, "-c", script], timeout=60, check=False)
+    process = subprocess.run([sys.executable, "-c", script], timeout=PATIENCE, check=False)
     assert process.returncode == -signal.SIGTERM
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from experiments import rules
+from tests.support.patience import PATIENCE
 from training.config import ROOT, ConfigError, fields
 from training.cost import Scenario
 from training.plan import Options, Plan, help_text, plan
@@ -316,7 +317,7 @@ def test_rounds_of_one_step_are_walked_fast() -> None:
 
 def main(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "main.py", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.slow
