@@ -309,10 +309,10 @@ def test_a_model_that_needs_numbers_to_be_built_is_built(monkeypatch) -> None:
 
 
 def test_rounds_of_one_step_are_walked_fast() -> None:
-    started = time.perf_counter()
+    started = time.process_time()  # other tests may keep the machine busy
     made = planned(f"{VIT} --period constant --h-base 1")
     assert len(made.scenarios[made.chosen].rounds) == 93_600
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def main(*flags: str) -> subprocess.CompletedProcess[str]:
