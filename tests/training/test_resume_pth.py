@@ -89,7 +89,7 @@ def test_weights_and_optimizer_states_can_be_resumed_from_files_of_their_own(fla
     whole = start(*given, "--save-freq", "1")
     assert whole.codes == [0, 0], whole.errors
     saved = whole.folder / "checkpoints/step-00000006"
-    weights = ("--resume-pth", str(saved / "rank-0000.pt"))
+    averaged = ("--resume-pth", str(saved / "rank-0000.pt"))
     states = ("--optimizer-resume-pth", str(saved))
     after = [r["lr"] for r in whole.records if r["kind"] == "train" and r["step"] > 6]
 
@@ -99,7 +99,7 @@ def test_weights_and_optimizer_states_can_be_resumed_from_files_of_their_own(fla
         "rank 0's": (*states, "--resume-from-step", "6", "--no-multiple-optimizers"),
         "none": ("--resume-from-step", "6", "--init-model-by-seed", "-1"),
     }.items():
-        outcome = start(*given, *weights, *how)
+        outcome = start(*given, *averaged, *how)
         assert outcome.codes == [0, 0], outcome.errors
         told = [r for r in outcome.records if r["kind"] == "train"]
         assert [r["lr"] for r in told] == after and told[-1]["syncs"] == 2
@@ -109,7 +109,7 @@ def test_weights_and_optimizer_states_can_be_resumed_from_files_of_their_own(fla
 
     # Moments of the replicas' own would take data-parallel ones apart.
     parallel = ("--recipe-pth", "recipe/digits-vit-adamw.yml", "--resume-from-epoch", "1")
-    outcome = start(*flags, *parallel, *weights, *states)
+    outcome = start(*flags, *parallel, *averaged, *states)
     assert outcome.codes == [0, 0], outcome.errors
     assert weights(outcome.folder, 0) == weights(outcome.folder, 1)
     assert outcome.records[-1]["share"] == 1.0
@@ -117,11 +117,11 @@ def test_weights_and_optimizer_states_can_be_resumed_from_files_of_their_own(fla
     refused = {
         (*states,): "give resume_pth too",
         ("--resume-pth", "/no/weights.pt"): "/no/weights.pt: not there",
-        (*weights, *states, "--optimizer", "localsgd"): "saved with optimizer 'localadamw'",
+        (*averaged, *states, "--optimizer", "localsgd"): "saved with optimizer 'localadamw'",
         ("--resume-pth", str(saved), "--resume-from-step", "7"): "at step 6, and 7 was asked for",
         ("--resume-pth", str(saved), *states): "has its own optimizer state",
         ("--resume-pth", str(saved / "manifest.json")): "not a file of weights",
-        (*weights, "--model", "resnet-digits"): "weights of another model",
+        (*averaged, "--model", "resnet-digits"): "weights of another model",
     }
     for how, part in refused.items():
         assert part in one_line(start(*given, *how, world_size=1))
