@@ -102,7 +102,7 @@ def test_a_deepspeed_file_that_contradicts_local_training_is_refused(
     file = tmp_path / "deepspeed.json"
     if content is not None:
         file.write_text(content)
-    line = one_line(start(*flags, "--deepspeed_config", str(file)))
+    line = one_line(start(*flags, "--deepspeed_config", str(file), world_size=1))
     assert all(part in line for part in [*parts, "deepspeed.json"]), line
 
 
