@@ -1,18 +1,12 @@
-"""The example programs, as a user starts them, on two processes."""
+"""The example programs on two ranks; test_readme.py has one started by torchrun."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.patience import PATIENCE
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.program import ROOT, start
 
 # Program and flags -> synchronisations it reports.
 RUNS = {
@@ -28,15 +22,11 @@ RUNS = {
 @pytest.mark.parametrize("command", RUNS, ids=" ".join)
 def test_it_runs_and_learns(command: tuple[str, ...]) -> None:
     program, *flags = command
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(ROOT / "examples" / program), *flags],
-        capture_output=True, text=True, timeout=PATIENCE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    (accuracy,) = re.findall(r"accuracy ([\d.]+)%", ended.stdout)
+    ended = start(*flags, script=ROOT / "examples" / program)
+    assert ended.codes == [0, 0], ended.errors
+    (accuracy,) = re.findall(r"accuracy ([\d.]+)%", ended.outputs[0])
     assert float(accuracy) > 85
-    assert f"{RUNS[command]} synchronisations" in ended.stdout
+    assert f"{RUNS[command]} synchronisations" in ended.outputs[0]
 
 
 def test_every_example_is_run() -> None:
