@@ -15,7 +15,6 @@ from PIL import Image
 from data import imagefolder, write
 from tests.support.patience import PATIENCE
 from tests.support.photographs import jpegs
-from tests.support.signals import as_in_a_terminal
 
 from .trees import add, description, encoded, files, one_line, run, stored, train_data, written
 
@@ -123,7 +122,6 @@ def test_a_full_disk_is_one_line(tree, tmp_path, capfd):
 
 def slow(arguments, errors):
     """The command in a process group of its own, at fifty images per second."""
-    as_in_a_terminal()
     os.setsid()
     sys.stderr = errors.open("w")
     quick = imagefolder.decoded

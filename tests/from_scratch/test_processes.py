@@ -34,7 +34,6 @@ from from_scratch.task import Task
 from tests.support.patience import PATIENCE
 from tests.support.program import ROOT
 from tests.support.ranks import run
-from tests.support.signals import as_in_a_terminal
 
 pytestmark = pytest.mark.slow
 
@@ -211,7 +210,7 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-m", "from_scratch", *flags],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, preexec_fn=as_in_a_terminal,
+            start_new_session=True,
         )  # fmt: skip
 
     def until_epoch(self, number: int) -> None:
