@@ -143,6 +143,8 @@ def test_a_wrong_flag_is_named(argv, parts) -> None:
         ({"period": "power", "power": 0}, ["power", "0"]),
         ({"beta1": 1}, ["beta1", "1"]),
         ({"seed": 2**64}, ["seed", str(2**64)]),
+        ({"seed": 2**32}, ["seed", str(2**32)]),
+        ({"init_model_by_seed": 2**32}, ["init_model_by_seed", str(2**32)]),
         ({"max_lr": 10**400}, ["max_lr", "a number"]),
         ({"scheduler": "cosine-step", "min_lr": 0}, ["min_lr", "cosine-step"]),
         ({"optimizer": "sgd", "track_replicas": True}, ["track_replicas", "sgd"]),
@@ -239,6 +241,10 @@ def test_help_lists_every_setting(capsys) -> None:
     assert stopped.value.code == 0
     told = capsys.readouterr().out
     assert all(f"--{f.name.replace('_', '-')}" in told for f in config.fields(config.Config))
+    unbroken = "".join(told.split())
+    for f in config.fields(config.Config):
+        explained = "".join(f.metadata["help"].replace("%%", "%").split())
+        assert explained in unbroken, f.name
 
 
 def test_deepspeeds_own_flags_are_taken() -> None:

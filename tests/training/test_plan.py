@@ -78,6 +78,19 @@ def test_the_rounds_of_the_paper(
     assert re.search(rf"data-parallel +{made.schedule.total_steps:,} +100.00 % ", told)
 
 
+@pytest.mark.parametrize("flags", [VIT, RESNET])
+def test_its_page_is_a_hundred_columns_wide(flags: str) -> None:
+    """And says of the rate where it starts, its peak, and where it ends."""
+    made = planned(flags)
+    told = report(made)
+    assert max(map(len, told.splitlines())) <= 100
+    rate = made.schedule
+    warm = f"after {rate.warmup_steps:,} steps of warm-up from {rate.min_lr:g}"
+    assert f"{rate.kind}, peak {rate.max_lr:g} {warm}" in " ".join(told.split())
+    cold = report(planned(f"{flags} --warmup-steps 0 --warmup-epochs 0"))
+    assert "warm-up" not in cold
+
+
 COUNTS = r"([\d,]+)\s+synchronisations in ([\d,]+)\s+steps"
 COUNTED = {
     path.stem: found.groups()
