@@ -326,8 +326,7 @@ class _Post:
             return False
         if not self._keeps:
             return True
-        patience = 3 * self._beat + 1 if said.heard else self._dead_after
-        return now > self._since + patience or all(
+        return now > self._since + self._dead_after or all(
             beat.status.left or (beat.heard if said.heard else beat.parted)
             for rank, beat in self.beats.items()
             if rank not in self.gone and now - self.changed[rank] < self._dead_after

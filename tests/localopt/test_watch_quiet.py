@@ -59,7 +59,7 @@ def test_stop_after_the_store_has_left() -> None:
 
 
 def idles(rank: Rank) -> None:
-    with rank.watch(beat=0.02, dead_after=2.0) as watch:
+    with rank.watch(beat=0.02) as watch:
         rank.train(watch, seconds=0.0, steps=10**9 if rank.rank else 0, h=10**9)
         time.sleep(60)
 

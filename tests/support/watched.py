@@ -21,7 +21,8 @@ from tests.support.patience import PATIENCE
 from tests.support.ports import free_port
 from tests.support.ranks import context
 
-BEAT, DEAD_AFTER = 0.1, 1.5  # seconds
+# Seconds. A busy machine may keep a process waiting for more than one.
+BEAT, DEAD_AFTER, STALL_AFTER = 0.1, 4.0, 4.0
 SLACK = 20.0  # for a machine that does other things; what else would end a rank takes far longer
 H = 5  # steps between collectives
 KILL, STOP, TERM, INT = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGINT

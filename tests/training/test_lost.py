@@ -31,7 +31,7 @@ def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
     return (
         "--data-pth", data, "--log-pth", str(tmp_path / "runs"), "--epochs", "1000",
         "--steps-per-epoch", "20", "--device", "cpu", "--period", "constant", "--h-base", "4",
-        "--save-steps", "10", "--log-freq", "5", "--dead-after", "3",
+        "--save-steps", "10", "--log-freq", "5", "--dead-after", "5",
     )  # fmt: skip
 
 
