@@ -17,6 +17,8 @@ from pathlib import Path
 from .stages import SELF
 
 TIME_OUT = "time-out"
+# A fault often shows as something that never comes; what fails is tried on unmodified code too.
+_WAITS = {"PATIENCE": "45"}
 _SUMMARY = "short test summary info"
 # A test's parameters may hold spaces and dashes, such as "[a - b]".
 _LINE = re.compile(r"^(FAILED|ERROR) ([^\s\[]+(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE)
@@ -40,7 +42,8 @@ def run(copy: Path, arguments: Sequence[str], extra: Sequence[str], timeout: flo
     """Run pytest on a copy of the code until a test fails."""
     command = [
         python(copy), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-rfE",
-        f"--basetemp={copy.parent / 'pytest'}", f"--ignore={SELF}", *arguments, *extra,
+        f"--basetemp={copy.parent / 'pytest'}", f"--ignore={SELF}", "--timeout=90",
+        *arguments, *extra,
     ]  # fmt: skip
     code, text, seconds = _finished(command, copy, timeout)
     return Outcome(verdict(code, text), seconds, text[-3000:])
@@ -66,7 +69,7 @@ def check_import(copy: Path) -> str | None:
 
 def _finished(command: list[str], copy: Path, timeout: float) -> tuple[int | None, str, float]:
     """Exit status (None: out of time), output and seconds; nothing is left running."""
-    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    environment = {**_WAITS, **os.environ, "PYTHONPATH": str(copy)}
     began = time.monotonic()
     with (copy.parent / "output").open("w+b") as output:
         process = subprocess.Popen(
