@@ -83,8 +83,11 @@ def _common(config: pytest.Config) -> Path:
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
+Once = Callable[[str, Callable[[Path], None]], Path]
+
+
 @pytest.fixture(scope="session")
-def once(pytestconfig: pytest.Config) -> Callable[[str, Callable[[Path], None]], Path]:
+def once(pytestconfig: pytest.Config) -> Once:
     """``once(name, make)``: a folder that ``make`` has filled, once in a run of the tests.
 
     Nobody may write to it.

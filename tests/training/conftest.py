@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import Once
 from tests.support.program import ROOT
 
 
 @pytest.fixture(scope="session")
-def data(once: Callable[[str, Callable[[Path], None]], Path]) -> str:
+def data(once: Once) -> str:
     """A folder of data sets with the digits in it, written by the command the README names."""
 
     def write(folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import Once
 from tests.support.photographs import make_tree
 from tests.support.program import ROOT, start
 
@@ -18,17 +19,19 @@ pytestmark = pytest.mark.slow
 VALIDATION = 6  # classes with an image to evaluate on
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="session")
+def data(once: Once) -> str:
     """A folder of data sets, with a small ImageNet written as the README says."""
-    folder = tmp_path_factory.mktemp("imagenet")
-    tree = folder / "tree"
-    make_tree(tree, classes=1000, train=1, val=1)
-    for unused in sorted((tree / "val").iterdir())[VALIDATION:]:
-        shutil.rmtree(unused)
-    write = [sys.executable, "-m", "data.write", "imagefolder", "--folder", str(tree)]
-    subprocess.run([*write, "--out", str(folder / "imagenet")], check=True, cwd=ROOT)
-    return str(folder)
+
+    def write(folder: Path) -> None:
+        tree = folder / "tree"
+        make_tree(tree, classes=1000, train=1, val=1)
+        for unused in sorted((tree / "val").iterdir())[VALIDATION:]:
+            shutil.rmtree(unused)
+        command = [sys.executable, "-m", "data.write", "imagefolder", "--folder", str(tree)]
+        subprocess.run([*command, "--out", str(folder / "imagenet")], check=True, cwd=ROOT)
+
+    return str(once("imagenet", write))
 
 
 @pytest.mark.parametrize(

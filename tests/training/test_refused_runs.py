@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.program import ROOT, start
+from data import write
+from tests.support.program import start
 
 from .runs import SHORT, one_line
 
@@ -115,8 +114,7 @@ def test_a_replica_with_another_recipe_is_named_on_every_rank(flags) -> None:
 
 
 def test_a_host_with_another_data_set_is_named(flags, tmp_path: Path) -> None:
-    write = [sys.executable, "-m", "data.write", "digits", "--split", "tune", "--out"]
-    subprocess.run([*write, str(tmp_path / "digits")], check=True, cwd=ROOT)
+    write.write("digits", {"size": 32, "split": "tune"}, tmp_path / "digits")
     outcome = start(*flags, per_rank=[(), ("--data-pth", str(tmp_path))])
     for rank in (0, 1):
         line = one_line(outcome, rank)

@@ -7,13 +7,14 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import Once
 from tests.support.program import Outcome, start
 from training import checkpoint
 from training.checkpoint import MANIFEST
@@ -46,7 +47,7 @@ EACH = ("--save-steps", "3", "--save-keep", "0")
 
 
 @pytest.fixture(scope="session")
-def finished(data: str, once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+def finished(data: str, once: Once) -> Path:
     """The folder of a finished run that has saved every three steps."""
 
     def train(logs: Path) -> None:

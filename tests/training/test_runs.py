@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Once
 from tests.data.test_cifar10 import make_folder
 from tests.support.program import ROOT, start
 from training.config import load
@@ -48,14 +49,25 @@ def test_a_recipe_trains_evaluates_and_leaves_a_folder(flags, recipe: Path) -> N
     assert summary["bytes"] > 0
 
 
+@pytest.fixture(scope="session")
+def cifar10(once: Once) -> str:
+    """A folder of data sets with a small CIFAR-10, written from torchvision's folder."""
+
+    def write(folder: Path) -> None:
+        command = [sys.executable, "-m", "data.write", "cifar10", "--folder"]
+        command += [str(make_folder(folder)), "--out", str(folder / "cifar10")]
+        subprocess.run(command, check=True, cwd=ROOT)
+
+    return str(once("torchvisions", write))
+
+
 @pytest.mark.parametrize("recipe", ["overlap", "overlap-skewed", "sgd"])
-def test_the_cifar_10_recipes_train_on_torchvisions_folder(tmp_path: Path, recipe: str) -> None:
-    folder = make_folder(tmp_path)
-    command = [sys.executable, "-m", "data.write", "cifar10", "--folder", str(folder)]
-    subprocess.run([*command, "--out", str(tmp_path / "data/cifar10")], check=True, cwd=ROOT)
+def test_the_cifar_10_recipes_train_on_torchvisions_folder(
+    cifar10: str, tmp_path: Path, recipe: str
+) -> None:
     outcome = start(
         "--recipe-pth", f"recipe/cifar10-resnet18-{recipe}.yml", "--data-pth",
-        str(tmp_path / "data"), "--log-pth", str(tmp_path / "runs"), "--total-batch-size", "8",
+        cifar10, "--log-pth", str(tmp_path / "runs"), "--total-batch-size", "8",
         "--physical-batch-size", "4", "--epochs", "3", "--bn-batches", "2",
     )  # fmt: skip
     assert outcome.codes == [0, 0], outcome.errors
