@@ -1,0 +1,96 @@
+"""Every collective by itself: what arrives, and the bytes that it says it has sent."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+
+from localopt import control
+from localopt.collective import Collective
+from tests.support.ranks import run
+
+pytestmark = pytest.mark.slow
+
+SIZES = (12, 60)  # elements of float64: 576 bytes together
+
+
+def every_collective(rank: int, m: int) -> dict[str, tuple[list[list[float]], int]]:
+    """What this rank then holds, and the bytes told."""
+    group = Collective()
+
+    def mine() -> list[torch.Tensor]:
+        return [torch.full((n,), rank + 1.0, dtype=torch.float64) for n in SIZES]
+
+    seen = {}
+    for name, call in {
+        "sum": group.sum_,
+        "mean": lambda tensors: group.mean_(tensors, tensors),
+        "from rank 1": lambda tensors: group.broadcast_(tensors, 1),
+    }.items():
+        tensors = mine()
+        sent = call(tensors)
+        seen[name] = [tensor.tolist() for tensor in tensors], sent
+    tensors = mine()
+    pending = group.start_sum_(tensors)
+    pending.wait()
+    assert pending.done()
+    seen["behind"] = [tensor.tolist() for tensor in tensors], pending.bytes
+    shards = torch.full((m, 6), rank + 1.0, dtype=torch.float64)
+    got, sent = group.exchange_shards(shards)
+    seen["exchanged"] = got.tolist(), sent
+    rows = torch.zeros(m, 6, dtype=torch.float64)
+    rows[rank] = rank + 1.0
+    sent = group.gather_shards_(rows)
+    seen["gathered"] = rows.tolist(), sent
+    return seen
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_what_arrives_and_what_is_sent(m: int) -> None:
+    """A ring sends 2 (m - 1) / m of the payload, a broadcast (m - 1) / m as the ranks' mean, and
+    shards all but one's own."""
+    payload, total = 8 * sum(SIZES), sum(range(1, m + 1))
+    ring, shards = 2 * (m - 1) * payload // m, 8 * 6 * (m - 1)
+    rows = [[float(i + 1)] * 6 for i in range(m)]
+    for seen in run(every_collective, m):
+        assert seen == {
+            "sum": ([[float(total)] * n for n in SIZES], ring),
+            "mean": ([[pytest.approx(total / m, rel=1e-15)] * n for n in SIZES], ring),
+            "from rank 1": ([[2.0] * n for n in SIZES], (m - 1) * payload // m),
+            "behind": ([[float(total)] * n for n in SIZES], ring),
+            "exchanged": (rows, shards),
+            "gathered": (rows, shards),
+        }
+
+
+def test_one_rank_sends_nothing() -> None:
+    (seen,) = run(every_collective_alone, 1)
+    assert seen == [0, 0, 0, 0, 0, 0]
+
+
+def every_collective_alone(rank: int, m: int) -> list[int]:
+    group, x = Collective(), torch.ones(2, 3)
+    rows, sent = group.exchange_shards(x)
+    assert torch.equal(rows, torch.ones(2, 3))
+    told = [group.sum_([x]), group.mean_([x], [x]), group.broadcast_([x]), sent]
+    told += [group.gather_shards_(x), group.start_sum_([x]).bytes]
+    assert torch.equal(x, torch.ones(2, 3))
+    return told
+
+
+def leave_notes(rank: int, m: int) -> list[str]:
+    """A note each; one is asked for that nobody has left."""
+    board = control.Board(Collective(), "test")
+    board.put(f"of {rank}", f"note {rank}")
+    found = board.get([f"of {r}" for r in range(m)], timedelta(seconds=100))
+    if m > 1:
+        with pytest.raises(control.AbsentRankError, match="nobody's: not told within 0 s"):
+            board.get(["nobody's"], timedelta(seconds=0.1))
+    return found
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_notes_are_found_by_all(m: int) -> None:
+    assert run(leave_notes, m) == [[f"note {r}" for r in range(m)]] * m
