@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         subject = item.path.relative_to(Path(__file__).parent).parts[0]
         item.add_marker(subject)  # an unknown one is an error: --strict-markers
-    items.sort(key=_alone)
+    items.sort(key=lambda item: (_alone(item), item.get_closest_marker("long") is None))
 
 
 def _alone(item: pytest.Item | None) -> bool:

@@ -20,7 +20,7 @@ from tests.support.hosts import DISK, hosts_with_disks, lacks_ssh, launch, seen,
 from tests.support.patience import PATIENCE
 from tests.support.program import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 DEEPSPEED = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", str(DISK / "hostfile")]
 SHORT = ["main.py", "--epochs", "1", "--steps-per-epoch", "6", "--total-batch-size", "32"]

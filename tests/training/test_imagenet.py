@@ -14,7 +14,7 @@ from tests.conftest import Once
 from tests.support.photographs import make_tree
 from tests.support.program import ROOT, start
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 VALIDATION = 6  # classes with an image to evaluate on
 

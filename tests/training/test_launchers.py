@@ -38,6 +38,7 @@ def deepspeed(hostfile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_deepspeeds_launcher_starts_it(flags) -> None:
     done = deepspeed(ROOT / "hostfile", *flags)
     assert done.returncode == 0, done.stderr

@@ -142,6 +142,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str], log: 
         time.sleep(0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int) -> None:
     """Which on one host passes signals on to none of them."""
@@ -161,6 +162,7 @@ def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int
     assert "the launcher of rank" in marker.read_text()
 
 
+@pytest.mark.long
 def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
     """And draws it when it is over."""
     recipe = "recipe/digits-resnet-localsgd-qsr.yml"

@@ -34,6 +34,7 @@ def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
     return ("--data-pth", data, "--log-pth", str(tmp_path / "runs"), *SHORT)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_runs_that_are_killed_go_on_as_if_nothing_had_been(
     recipe: str, data: str, tmp_path: Path

@@ -134,6 +134,7 @@ def test_a_moving_average_follows_where_only_the_end_agrees(flags) -> None:
     assert last["step"] == 12 and last["ema_loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_compiled_model_trains_to_the_same_loss(
     flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
