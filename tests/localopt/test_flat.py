@@ -57,6 +57,20 @@ def test_layout(shapes: list[Any], world_size: int) -> None:
     flat.check_pointers()
 
 
+@pytest.mark.parametrize("size", [15, 16, 17, 32])
+def test_all_that_lies_beside_is_there(size: int) -> None:
+    """Also the last element, where what is beside the parameters fills its place to the end."""
+    p = nn.Parameter(torch.ones(3))
+    for from_rank0 in (False, True):
+        entry = Entry.like("it", torch.zeros(size), from_rank0=from_rank0)
+        flat = flat_of(p, beside=[entry], world_size=2)
+        (buffer,) = flat.buffers
+        buffer.beside.fill_(7)
+        assert (flat.views["it"] == 7).all() and (p == 1).all()
+        buffer.beside_averaged.fill_(8)
+        assert (flat.views["it"] == (7 if from_rank0 else 8)).all()
+
+
 def test_what_lies_beside_is_averaged_or_not() -> None:
     p = nn.Parameter(torch.ones(3))
     entries = [

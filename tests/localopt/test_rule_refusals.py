@@ -94,6 +94,26 @@ def local(rule: Rule) -> LocalOptimizer:
     return LocalOptimizer(SGD([nn.Parameter(torch.zeros(2))], 0.1), Constant(1), rule)
 
 
+# Outer settings, and the rate that is refused with them: 2 (1 + η), and with Nesterov momentum
+# 2 (1 + η) / (1 + 2 η). With 1 - 1/m for η, the bound of all m together.
+BOUNDS: dict[str, tuple[dict[str, Any], bool, float]] = {
+    "plain": ({}, False, 2.0),
+    "momentum": ({"momentum": 0.5}, False, 3.0),
+    "Nesterov": ({"momentum": 0.5, "nesterov": True}, False, 1.5),
+    "heuristic": ({"momentum": 0.5}, True, 2.0),
+    "heuristic, Nesterov": ({"momentum": 0.5, "nesterov": True}, True, 4 / 3),
+}
+
+
+@pytest.mark.parametrize("what", BOUNDS)
+def test_outer_rates_that_diverge_are_refused(what: str) -> None:
+    settings, heuristic, bound = BOUNDS[what]
+    BlockMomentum(partial(SGD, lr=0.999 * bound, **settings), heuristic_momentum=heuristic)
+    for rate in (0.0, 1.001 * bound):
+        with pytest.raises(ValueError, match=f"the outer learning rate is {rate}: with momentum"):
+            BlockMomentum(partial(SGD, lr=rate, **settings), heuristic_momentum=heuristic)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what: str) -> None:
     make, reason = REFUSED[what]
