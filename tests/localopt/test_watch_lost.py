@@ -130,7 +130,10 @@ def test_all_wait() -> None:
     with ranks(waits_for_ever, 2) as run:
         run.wait_for("waits")
         run._hit = time.monotonic()
-        assert run.codes() == [3, 3]
+        codes = run.codes()
+        assert 3 in codes and set(codes) <= {1, 3}, codes
+        if 1 in codes:  # its collective failed when the other rank ended, which had decided first
+            assert "Connection closed by peer" in run.errors(codes.index(1))
         (line,) = run.verdicts()
         assert re.match(r"all ranks have waited in a collective for \d+ s: rank 1 on ", line)
         assert "at step 4, the others up to step 5; " in line

@@ -245,6 +245,8 @@ def test_help_lists_every_setting(capsys) -> None:
     for f in config.fields(config.Config):
         explained = "".join(f.metadata["help"].replace("%%", "%").split())
         assert explained in unbroken, f.name
+    for words in ("base settings (default", "this host's paths (default", "accepted, always on"):
+        assert "".join(words.split()) in unbroken, words
 
 
 def test_deepspeeds_own_flags_are_taken() -> None:
