@@ -45,6 +45,14 @@ def test_batches_own_their_memory(folder):
     assert all(same(a, b) for a, b in zip(kept, copies, strict=True))
 
 
+def test_crops_have_torchvisions_shapes_where_none_are_asked_for(raw):
+    """Widths from three quarters to four thirds of heights: torchvision's RandomResizedCrop."""
+    default, asked = train_data(raw), train_data(raw, ratio=(3 / 4, 4 / 3))
+    assert same(collected(default.epoch(1)), collected(asked.epoch(1)))
+    other = train_data(raw, ratio=(1, 1))
+    assert not same(collected(default.epoch(1)), collected(other.epoch(1)))
+
+
 def test_epochs_repeat_and_differ(folder):
     data = train_data(folder)
     assert same(collected(data.epoch(1)), collected(data.epoch(1)))
