@@ -191,6 +191,22 @@ def test_a_step_measures_loss_hits_and_norms(clip: float) -> None:
         assert one == pytest.approx(other, rel=1e-5)
 
 
+def _recorded(rank: int, world_size: int) -> list[tuple[float, float]]:
+    flags = ("--optimizer", "localsgd", "--track-replicas", "--physical-batch-size", "2")
+    engine, optimizer = _engine(world_size, _model(), "--period", "constant", *flags)
+    losses: list[float] = []
+    optimizer.record_loss = lambda loss: losses.append(float(loss))
+    told = [float(engine.step(s).loss) for s in _batches(rank, world_size, engine.accumulation)]
+    return list(zip(losses, told, strict=True))
+
+
+def test_a_replica_records_the_mean_loss_of_its_micro_batches() -> None:
+    """What leaders are elected by, and what is shown of the replicas: not one micro-batch's."""
+    for steps in run(_recorded, 2):
+        assert len(steps) == STEPS
+        assert all(recorded == pytest.approx(mean, rel=1e-6) for recorded, mean in steps)
+
+
 def _data_parallel_cost(rank: int, world_size: int) -> tuple[int, int, float, int]:
     model = _model()
     engine, optimizer = _engine(world_size, model, "--optimizer", "sgd")
