@@ -14,7 +14,7 @@ test:  ## lint and run all tests
 	@run-scripts/test.sh
 
 test-fast:  ## lint and the tests that need one process
-	@run-scripts/test.sh -m "not slow"
+	@run-scripts/test.sh -m "not slow" -n $$(nproc)
 
 lint: setup  ## ruff, and shellcheck where it is installed
 	$(PYTHON) -m ruff check .
