@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,8 +98,7 @@ def once(pytestconfig: pytest.Config) -> Once:
         common = _common(pytestconfig)
         with locked(common / f"{name}.lock"):
             if not (folder := common / name).exists():
-                draft = common / f"{name}.draft"
-                draft.mkdir()
+                draft = Path(tempfile.mkdtemp(prefix=name, dir=common))
                 make(draft)
                 draft.rename(folder)
         return folder

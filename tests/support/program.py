@@ -84,18 +84,13 @@ class Running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, number)
 
-    def ended(self, timeout: float = PATIENCE, *, afterwards: float = PATIENCE) -> Outcome:
-        """Wait for the end; a rank that takes longer is killed.
-
-        When a rank fails the others have ``afterwards`` seconds to end too.
-        """
+    def ended(self, timeout: float = PATIENCE) -> Outcome:
+        """Wait for the end; a rank that takes longer is killed."""
         for process in self.processes:
             process.join(timeout)
             if process.exitcode is None:
                 process.kill()
                 process.join()
-            if process.exitcode:
-                timeout = min(timeout, afterwards)
         codes = [process.exitcode for process in self.processes]
         files = [
             [Path(self._told.name, f"{rank}.{name}") for rank in range(len(codes))]

@@ -13,6 +13,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from .patience import PATIENCE
+
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.support.preload"])
 
@@ -22,7 +24,7 @@ class RankError(AssertionError):
 
 
 def run(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE
 ) -> list[Any]:
     """Return ``[function(rank, world_size, *args) for each rank]``, each run in its own process.
 
@@ -37,7 +39,7 @@ def run(
 
 
 def outcomes_of(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE
 ) -> list[tuple[bool, Any]]:
     """As `run`, but returns ``(True, result)`` or ``(False, traceback)`` for each rank."""
     deadline = time.monotonic() + timeout
@@ -87,7 +89,7 @@ def _rank(
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=30),
+            timeout=timedelta(seconds=PATIENCE),
         )
         dist.barrier()  # none leaves before all have connected
         outcome = True, function(rank, world_size, *args)

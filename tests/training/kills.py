@@ -101,7 +101,7 @@ class Runs:
         alive = running.alive()
         running.signal(signal.SIGKILL, ranks)
         seconds, saving = time.monotonic() - started, bool(_drafts(folder))
-        outcome = running.ended(5, afterwards=5)  # as a launcher does with those that are left
+        outcome = running.ended(5)  # as a launcher does with those that are left
         if not alive or outcome.codes == [0, 0]:
             return None
         steps = [int(path.name[5:]) for path in folder.glob("*/checkpoints/step-*[0-9]")]
