@@ -222,4 +222,4 @@ def _end(process: BaseProcess) -> str:
     code = process.exitcode
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name} (exit code {code})"
-    return f"failed (exit code {code})"
+    return "failed and has not ended yet" if code is None else f"failed (exit code {code})"

@@ -53,6 +53,11 @@ class Buffers:
         self._owned = {id(p) for p in params}
         self._integer_dtype = next((p.dtype for p in params), torch.float32)
 
+    @property
+    def travel(self) -> bool:
+        """Whether any are sent with the parameters."""
+        return bool(self.entries())
+
     def named(self) -> dict[str, Tensor]:
         """The model's buffers as they are now."""
         return dict(self.model.named_buffers()) if self.model is not None else {}

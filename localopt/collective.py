@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -108,6 +110,7 @@ class Collective:
 
     Args:
         group: a torch.distributed process group; None for the default one.
+        alone: whether to be the only one of its kind, whatever groups there are.
 
     Attributes:
         rank: this process's rank in the group.
@@ -117,14 +120,24 @@ class Collective:
 
     ranks: Sequence[int]
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
         self.group = group
-        together = dist.is_available() and dist.is_initialized()
+        together = dist.is_available() and dist.is_initialized() and not alone
         self.rank = dist.get_rank(group) if together else 0
         self.world_size = dist.get_world_size(group) if together else 1
         if self.rank < 0:
             raise ValueError("this process is not a member of process_group")
         self.ranks = range(self.world_size)
+
+    @property
+    def everyone(self) -> Collective:
+        """All that take part in a mean here."""
+        return self
+
+    @property
+    def key(self) -> dist.ProcessGroup | None:
+        """The group itself, also where it is the default one; None with one rank."""
+        return None if self.world_size == 1 else self.group or dist.group.WORLD
 
     def subgroup(self, ranks: Sequence[int]) -> Collective:
         """A new process group of some of this one's ranks, this one among them.
@@ -146,10 +159,23 @@ class Collective:
         made.ranks = ranks
         return made
 
+    def shared(self, purpose: str, ranks: Sequence[int]) -> Collective:
+        """As `subgroup`, but one and the same for all who ask for this purpose and ranks.
+
+        Where several optimizers meet in one group, ranks that bring different ones find out.
+        """
+        if self.world_size == 1:
+            return self
+        made = _shared.setdefault(self.key, {})
+        key = purpose, tuple(ranks)
+        if key not in made:
+            made[key] = self.subgroup(ranks)
+        return made[key]
+
     def split(self, size: int) -> tuple[Collective, Collective]:
         """Groups of ``size`` consecutive ranks: this rank's, and that of its peers in the others.
 
-        Collective.
+        Collective. The same groups for all who ask.
 
         Raises:
             ValueError: if ``size`` does not divide the number of ranks.
@@ -159,8 +185,8 @@ class Collective:
                 f"group_size is {size}: it does not divide the {self.world_size} replicas"
             )
         first, place = self.rank // size * size, self.rank % size
-        inside = self.subgroup(range(first, first + size))
-        return inside, self.subgroup(range(place, self.world_size, size))
+        inside = self.shared("inside", range(first, first + size))
+        return inside, self.shared("peers", range(place, self.world_size, size))
 
     def _timeout(self) -> timedelta | None:
         """The group's own time-out, which torch gives to no new group; None where it is hidden."""
@@ -273,6 +299,12 @@ class Collective:
         return shards.nbytes * (self.world_size - 1) // self.world_size
 
 
+# The groups that several optimizers share, as long as the group that they were made from is there.
+_shared: weakref.WeakKeyDictionary[Any, dict[tuple[str, tuple[int, ...]], Collective]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 class Across:
     """A sum over groups whose members hold the same: each sums one shard with its peers.
 
@@ -282,11 +314,12 @@ class Across:
     Args:
         inside: this rank's group.
         peers: those that have this rank's place in the other groups.
-        ranks: all ranks.
+        everyone: all of them.
     """
 
-    def __init__(self, inside: Collective, peers: Collective, ranks: Sequence[int]) -> None:
-        self.inside, self.peers, self.ranks = inside, peers, ranks
+    def __init__(self, inside: Collective, peers: Collective, everyone: Collective) -> None:
+        self.inside, self.peers, self.everyone = inside, peers, everyone
+        self.ranks = everyone.ranks
 
     def mean_(self, wholes: Sequence[Tensor], averaged: Sequence[Tensor]) -> int:
         """As `Collective.mean_`, over the groups."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from .collective import Collective, clock
 from .flat import Vector
-from .header import Kind
 from .replica import Replica
 
 PIECE = 2**20  # elements that are looked at at once: what is beside them in memory stays small
@@ -156,25 +156,35 @@ class ChangeMean:
 
     def __init__(self, replica: Replica, compress: Codec, start: Vector, lost: Vector) -> None:
         self._replica, self._codec, self._start, self._lost = replica, compress, start, lost
-        replica.headers_apart = True
 
-    @torch.no_grad()
-    def mean_(self, settings: object = ()) -> None:
-        """Replace the parameters by the mean of z - x_i, as it has arrived. Collective.
+    @contextmanager
+    def mean_(
+        self, settings: object = (), check: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """In here the parameters are the mean of z - x_i, as it has arrived. Collective.
 
         What is averaged beside the parameters (buffers) travels uncompressed.
 
         Args:
-            settings: as for `Replica.mean_`.
+            settings: as for `Replica.meet`.
+            check: what may raise on all ranks alike, once these have met.
 
         Raises:
             ReplicaMismatchError: if the ranks are not at the same call.
             NonFiniteError: if a replica brought NaN or infinity.
         """
         replica, collective = self._replica, self._replica.collective
+        replica.gather_buffers()
+        (headers,) = replica.meet(settings=settings)
+        check()
+        replica.measure_spread(headers, collective)
+        with replica.changing():
+            self._replace()
+            yield
+
+    def _replace(self) -> None:
+        replica, collective = self._replica, self._replica.collective
         flat = replica.flat
-        replica.buffers.gather(flat.views, from_rank0=collective.rank == 0)
-        replica.exchange(Kind.SYNC, [collective], ends_round=True, settings=settings)
         started, sent = clock(replica.device), 0
         for x, z, e in zip(flat.params, self._start.data, self._lost.data, strict=True):
             if not len(x):

@@ -1,8 +1,10 @@
 """Parameters as views of flat buffers: a synchronisation is one collective in place, no copy.
 
-A buffer holds, in this order, one header slot per rank (first buffer only), the parameters, what
-is averaged beside them, and what is taken from rank 0. There is one buffer per device and dtype;
-each tensor starts at a multiple of 64 bytes, with the strides that the parameter had.
+A buffer holds, in this order, the parameters, what is averaged beside them, and what is taken from
+rank 0. There is one buffer per device and dtype; each tensor starts at a multiple of 64 bytes, with
+the strides that the parameter had. To everybody else a tensor looks like one with a storage of its
+own, of its own size: whatever saves or copies storages takes this tensor and no other. Such a
+storage cannot be resized.
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from .header import SLOT
 
 ALIGNMENT = 64  # bytes: a cache line, and what vectorised kernels like best
 
@@ -56,7 +56,6 @@ class FlatBuffer:
 
     Attributes:
         data: all of it, (n,); what a collective sums.
-        slots: the ranks' headers, (world_size, SLOT), in the first buffer; else (0, SLOT).
         params: the parameters alone, alignment gaps (zeros) included.
         averaged: what a mean divides: parameters, and what is averaged beside them.
         beside: what travels beside the parameters, the rest of the memory.
@@ -64,7 +63,6 @@ class FlatBuffer:
     """
 
     data: Tensor
-    slots: Tensor
     params: Tensor
     averaged: Tensor
     beside: Tensor
@@ -77,7 +75,7 @@ class Memory:
     Args:
         own: the parameters' entries.
         beside: what else a synchronisation carries (buffers, optimizer state).
-        world_size: number of header slots. Every buffer can be cut in so many equal shards.
+        world_size: every buffer can be cut in so many equal shards.
     """
 
     def __init__(self, own: Sequence[Entry], beside: Sequence[Entry], world_size: int) -> None:
@@ -88,52 +86,42 @@ class Memory:
         self.views: dict[str, Tensor] = {}
         self._starts: list[dict[str, int]] = []
         kinds = dict.fromkeys((e.device, e.dtype) for e in self.entries)
-        for i, (device, dtype) in enumerate(kinds):
+        for device, dtype in kinds:
             mine = [e for e in own if (e.device, e.dtype) == (device, dtype)]
             rest = [e for e in beside if (e.device, e.dtype) == (device, dtype)]
-            self._allocate(mine, rest, world_size if i == 0 else 0, device, dtype)
+            self._allocate(mine, rest, device, dtype)
 
     def _allocate(
         self,
         params: list[Entry],
         beside: list[Entry],
-        slots: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         step = ALIGNMENT // dtype.itemsize
         averaged = [e for e in beside if not e.from_rank0]
         from_rank0 = [e for e in beside if e.from_rank0]
-        sizes = [-(-n // step) * step for n in (slots * SLOT, *(e.numel for e in params))]
-        beside_sizes = [-(-e.numel // step) * step for e in (*averaged, *from_rank0)]
-        starts = [0, *itertools.accumulate(sizes + beside_sizes)]
+        tensors = (*params, *averaged, *from_rank0)
+        starts = [0, *itertools.accumulate(-(-e.numel // step) * step for e in tensors)]
         shards = step * self._layout[2]
         data = torch.zeros(-(-starts[-1] // shards) * shards, dtype=dtype, device=device)
-        first, last = starts[1], starts[1 + len(params)]
-        end_averaged = starts[1 + len(params) + len(averaged)]
+        last, end_averaged = starts[len(params)], starts[len(params) + len(averaged)]
         buffer = FlatBuffer(
             data=data,
-            slots=data[: slots * SLOT].view(slots, SLOT),
-            params=data[first:last],
-            averaged=data[first:end_averaged],
+            params=data[:last],
+            averaged=data[:end_averaged],
             beside=data[last : starts[-1]],
             beside_averaged=data[last:end_averaged],
         )
-        for entry, start in zip((*params, *averaged, *from_rank0), starts[1:], strict=False):
-            self.views[entry.name] = data.as_strided(entry.shape, entry.stride, start)
-        self._starts.append(
-            {e.name: start - first for e, start in zip(params, starts[1:], strict=False)}
-        )
+        for entry, start in zip(tensors, starts, strict=False):
+            own = _own_storage(data[start : start + entry.numel])
+            self.views[entry.name] = own.as_strided(entry.shape, entry.stride)
+        self._starts.append({e.name: start for e, start in zip(params, starts, strict=False)})
         self.buffers.append(buffer)
 
     def twin(self) -> Memory:
         """Other memory of the same layout, zeros."""
         return Memory(*self._layout)
-
-    @property
-    def slots(self) -> Tensor:
-        """The ranks' headers, (world_size, SLOT)."""
-        return self.buffers[0].slots
 
     @property
     def params(self) -> list[Tensor]:
@@ -146,13 +134,11 @@ class Memory:
 
     def fingerprint(self) -> int:
         """A sum over the parameters' bits, the same for the same bits. Cost: one host sync."""
-        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-        bits = [x.view(whole[x.itemsize]).sum(dtype=torch.int64) for x in self.params]
-        return sum(int(part) for part in bits) % 2**62
+        return _sum_of_bits(self.params)
 
-    def finite(self) -> Tensor:
-        """As the function `finite`, of what is averaged."""
-        return finite([b.averaged for b in self.buffers])
+    def total(self) -> Tensor:
+        """As the function `total`, of what is averaged."""
+        return total([b.averaged for b in self.buffers])
 
     def non_finite(self) -> list[str]:
         """Names of what is averaged and holds NaN or infinity. Cost: a full pass, host syncs."""
@@ -178,17 +164,24 @@ class Flat(Memory):
         beside: Sequence[Entry] = (),
         world_size: int = 1,
     ) -> None:
-        _refuse_odd_parameters(named)
         self.named = list(named)
-        own = [Entry.like(name, p) for name, p in named]
-        _refuse_equal_names([*own, *beside])
-        super().__init__(own, beside, world_size)
+        super().__init__(entries_of(named, beside), beside, world_size)
         with torch.no_grad():
             for name, p in named:
                 self.views[name].copy_(p)
                 p.data = self.views[name]
         # One id per parameter: comparing them at a boundary costs 0.1 µs each.
         self._pointers = [view.data_ptr() for view in (self.views[name] for name, _ in named)]
+        self._sampled = [
+            torch.tensor(places, device=buffer.data.device)
+            for buffer, spans in zip(self.buffers, self.spans(), strict=True)
+            for places in (_sampled(spans),)
+        ]
+
+    def take_back(self) -> None:
+        """Let the parameters live here again, with the values that they had here."""
+        for name, p in self.named:
+            p.data = self.views[name]
 
     def check_pointers(self) -> None:
         """Raise `RuntimeError` if a parameter no longer lives in its flat buffer."""
@@ -199,6 +192,12 @@ class Flat(Memory):
                     ".half(), load_state_dict(assign=True) or an assignment to .data moved it. Do "
                     "that before building the optimizer"
                 )
+
+    def sample(self) -> int:
+        """A sum over the bits of some elements of each parameter: cheap, and another one where
+        tensors were replaced. Cost: one host sync."""
+        parts = [x[at] for x, at in zip(self.params, self._sampled, strict=True) if len(at)]
+        return _sum_of_bits(parts)
 
     def spans(self) -> list[list[tuple[str, int, int]]]:
         """By buffer, where each parameter is among `params`: name, first and last element + 1."""
@@ -286,7 +285,7 @@ class Fragments:
 
     Attributes:
         number: K.
-        memory: as large as the largest fragment, with the ranks' headers.
+        memory: as large as the largest fragment.
     """
 
     def __init__(self, flat: Flat, number: int, before: Fragments | None = None) -> None:
@@ -333,6 +332,34 @@ class Fragments:
         return names
 
 
+def _own_storage(part: Tensor) -> Tensor:
+    """``part`` (n,), the same memory as a storage of its own, which keeps the whole alive."""
+    if part.device.type not in ("cpu", "cuda"):
+        return part
+    return torch.from_dlpack(part)
+
+
+def bits_of(x: Tensor) -> int:
+    """A sum over the bits of one tensor. Cost: one host sync."""
+    return _sum_of_bits([x.contiguous().reshape(-1)])
+
+
+def _sum_of_bits(tensors: Sequence[Tensor]) -> int:
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [x.view(whole[x.itemsize]).sum(dtype=torch.int64) for x in tensors]
+    return sum(int(part) for part in bits) % 2**62
+
+
+def _sampled(spans: Sequence[tuple[str, int, int]]) -> list[int]:
+    """Up to 64 places of each parameter, evenly spread."""
+    return [
+        first + i * (last - first) // count
+        for _, first, last in spans
+        for count in (min(64, last - first),)
+        for i in range(count)
+    ]
+
+
 def _place(count: int, spans: Sequence[tuple[str, int, int]]) -> int:
     """Where the element lies that ``count`` others come before, gaps not counted."""
     for _, first, last in spans:
@@ -340,6 +367,18 @@ def _place(count: int, spans: Sequence[tuple[str, int, int]]) -> int:
             return first + count
         count -= last - first
     return spans[-1][2] if spans else 0
+
+
+def entries_of(named: Sequence[tuple[str, nn.Parameter]], beside: Sequence[Entry]) -> list[Entry]:
+    """The entries of parameters that can live in flat buffers, with what is ``beside`` them.
+
+    Raises:
+        ValueError: as `Flat` does.
+    """
+    _refuse_odd_parameters(named)
+    own = [Entry.like(name, p) for name, p in named]
+    _refuse_equal_names([*own, *beside])
+    return own
 
 
 def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -399,15 +438,15 @@ def square_norm(tensors: Sequence[Tensor]) -> float:
     return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64) ** 2) for x in tensors)
 
 
-def finite(tensors: Sequence[Tensor]) -> Tensor:
-    """0-dim bool on the first one's device: False if they hold NaN or infinity.
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum, a 0-dim float64 tensor on the first one's device: finite only if they all are.
 
     A sum carries any NaN and infinity along in one read of the memory, where ``isfinite`` would
     write a mask as well. The sum of finite values may overflow: a closer look decides.
     """
     device = tensors[0].device
     sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).to(device) for x in tensors]
-    return torch.isfinite(torch.stack([s.double() for s in sums])).all()
+    return torch.stack([s.double() for s in sums]).sum()
 
 
 def float_entries(named: Iterable[tuple[str, Tensor]], *, from_rank0: bool) -> list[Entry]:

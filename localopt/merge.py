@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optimizer import STATE_VERSION
+from .optimizer import READABLE, place_of
 
 State = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def merged(states: Iterable[tuple[State, State]]) -> tuple[dict[str, Any], dict[
     total: dict[str, Any] | None = None
     first: State | None = None
     for rank, (model, optimizer) in enumerate(states):
-        place = optimizer.get("localopt")
+        place = place_of(optimizer)
         first = place if total is None else first
         _check_place(place, first, rank)
         both = {"model": model, "optimizer": optimizer}
@@ -63,7 +63,7 @@ def merged(states: Iterable[tuple[State, State]]) -> tuple[dict[str, Any], dict[
     closed = _closed(total)
     model, optimizer = closed["model"], closed["optimizer"]
     if first is not None:
-        _restart(model, optimizer["localopt"])
+        _restart(model, place_of(optimizer))
     return model, optimizer
 
 
@@ -72,7 +72,7 @@ def _check_place(place: State | None, first: State | None, rank: int) -> None:
         if place is not first:
             raise ValueError(f"one of the states of ranks 0 and {rank} is no LocalOptimizer's")
         return
-    if place["version"] != STATE_VERSION or "anchors" not in place["sync"]:
+    if place["version"] not in READABLE or "anchors" not in place["sync"]:
         raise ValueError(
             f"rank {rank}: the state is of another version: go on once with as many replicas as "
             "saved it, and save again"
@@ -177,7 +177,9 @@ def _restart(model: dict[str, Any], place: dict[str, Any]) -> None:
             if not torch.equal(z.to(model[name].dtype), model[name]):
                 anchor[name] = model[name].to(z.dtype)
     sync["replicas_agree"] = True
-    replica |= {"remaining": 0, "_rates": 0, "_losses": 0, "rate_sum": 0.0, "loss_sum": 0.0}
+    place["rank"] = None  # anybody's
+    replica |= {"open": False, "remaining": 0, "start": 0}
+    replica |= {"_rates": 0, "_losses": 0, "rate_sum": 0.0, "loss_sum": 0.0}
     replica |= {"report": None, "landed_report": None, "_square_spread": 0.0}
     replica["traffic"]["wait"] = []
 

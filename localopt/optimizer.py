@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import re
+import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +21,57 @@ from torch.optim import SGD, AdamW, Optimizer
 from . import control
 from .buffers import BufferPolicy, Buffers
 from .collective import Collective, Traffic
-from .flat import Flat
+from .elsewhere import averaged_elsewhere
+from .environment import announced_ranks
+from .flat import Flat, bits_of, entries_of
+from .header import Kind, ranks_text
 from .replica import Replica, SyncReport
 from .sync import Average, Rule
 
-STATE_VERSION = 3
+STATE_VERSION = 4
+READABLE = (3, 4)
+
+PLACE = "localopt"  # in the first parameter group of a state
+
+
+def place_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The replica's place in the state of a `LocalOptimizer`; None in that of another optimizer."""
+    groups = state.get("param_groups") or [{}]
+    return groups[0].get(PLACE, state.get(PLACE))  # beside the groups in version 3
+
+
+def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, refused while another thread is in one of these."""
+
+    @functools.wraps(call)
+    def guarded(self: LocalOptimizer, *args: Any, **kwargs: Any) -> Any:
+        with self._only(call.__name__):
+            return call(self, *args, **kwargs)
+
+    return guarded
+
+
+def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` with the hooks that were registered on this optimizer.
+
+    torch would put the global ones around it as well, which the inner optimizer's step calls
+    already: once per step is enough.
+    """
+
+    @functools.wraps(step)
+    def hooked(self: LocalOptimizer, *args: Any, **kwargs: Any) -> Any:
+        args = (self, *args)
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+            for before in self._optimizer_step_pre_hooks.values():
+                changed = before(self, args, kwargs)
+                args, kwargs = (args, kwargs) if changed is None else changed
+            result = step(*args, **kwargs)
+            for after in self._optimizer_step_post_hooks.values():
+                after(self, args, kwargs)
+        return result
+
+    hooked.hooked = True  # type: ignore[attr-defined]  # torch leaves it as it is
+    return hooked
 
 
 class LocalOptimizer(Optimizer):
@@ -35,6 +85,10 @@ class LocalOptimizer(Optimizer):
     buffers, and all replicas start from rank 0's parameters. Load per-replica weights after
     that, not before. Without torch.distributed, or with one replica, `Average` is the inner
     optimizer, bit for bit.
+
+    Replicas know which parameter is which by its name. Give ``model`` (or named parameters):
+    without names it is their order that counts, which must be the same on all ranks, and that of
+    ``set`` is not.
 
     Args:
         inner: the optimizer that makes the local steps.
@@ -50,9 +104,12 @@ class LocalOptimizer(Optimizer):
         auto: whether `step` calls `average` itself.
         track_drift: whether to measure `drift` (one read of the parameters before and after).
         check_finite: whether a synchronisation looks for NaN and infinity (one read).
+        alone: to train this process by itself, whatever process groups there are.
 
     Raises:
         ValueError: for settings or parameters that cannot work.
+        RuntimeError: if the launcher has started several processes (WORLD_SIZE), and
+            torch.distributed is not initialised: replicas would never meet.
         LayoutMismatchError: if the ranks were built differently.
         AbsentRankError: if one does not arrive.
     """
@@ -69,20 +126,29 @@ class LocalOptimizer(Optimizer):
         auto: bool = True,
         track_drift: bool = False,
         check_finite: bool = True,
+        alone: bool = False,
     ) -> None:
         _check_inner(inner, period)
+        _check_group(process_group, alone=alone)
         self.inner = inner
         self.period = period
         self.sync = sync if sync is not None else Average()
         if not isinstance(self.sync, Rule):
             raise TypeError(f"sync must be a rule such as Average(), not {self.sync!r}")
         self.auto = auto
-        self._collective = Collective(process_group)
+        self._collective = Collective(process_group, alone=alone)
+        _check_modes(inner, self.sync, self._collective)
+        self._busy, self._caller = threading.RLock(), ""
+        self._told: set[str] = set()
         self._model, self._policy = model, buffers
         self._options = {"check_finite": check_finite, "track_drift": track_drift}
         self._in_consensus = False
         self._init_hooks()
-        self._replica = self._build()
+        flat, buffers_ = self._build(first=True)
+        self._replica = Replica(
+            flat, self._collective, buffers_, inner, name=self._name(), **self._options
+        )
+        self._replica.equalise()
         self.sync.attach(self._replica)
 
     def _init_hooks(self) -> None:
@@ -98,26 +164,52 @@ class LocalOptimizer(Optimizer):
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
         self._patch_step_function()
 
-    def _build(self) -> Replica:
-        """Compare layouts, move the parameters into flat buffers, start equal. Collective."""
+    def _build(self, *, first: bool = False) -> tuple[Flat, Buffers]:
+        """Compare layouts, and move the parameters into flat buffers. Collective."""
         named = _named_parameters(self.inner, self._model)
-        self._homes = _homes(self._model, {id(p) for _, p in named})
         buffers = Buffers(self._model, self._policy, [p for _, p in named])
         beside = [*self.sync.beside(named), *buffers.entries()]
-        flat = Flat(named, beside, self._collective.world_size)
         settings = {**self._options, "buffers": self._policy, "auto": self.auto}
         lines = [
             f"rule {_describe(self.sync)}",
             f"period {_describe(self.period)}",
             f"inner optimizer {type(self.inner).__name__}",
             *(f"{key} {value}" for key, value in settings.items()),
-            *map(str, flat.entries),
+            *map(str, entries_of(named, beside)),
+            *map(str, beside),
             *buffers.described(),
         ]
         control.agree(self._collective, lines, control.TIMEOUT)
-        replica = Replica(flat, self._collective, buffers, self.inner, **self._options)
-        replica.equalise()
-        return replica
+        if first and self._model is None:
+            _check_order(self._collective, self.inner, named)
+        # Nothing has been changed up to here.
+        self._homes = _homes(self._model, {id(p) for _, p in named})
+        return Flat(named, beside, self._collective.world_size), buffers
+
+    def _name(self) -> str:
+        named = _named_parameters(self.inner, self._model)
+        numbers = sum(p.numel() for _, p in named)
+        return f"{type(self).__name__} of {numbers} parameters, the first of them {named[0][0]}"
+
+    @contextmanager
+    def _only(self, call: str) -> Iterator[None]:
+        """In here no other thread may be."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                f"{call}() on rank {self._collective.rank}, while another thread is in "
+                f"{self._caller}(): call it from the thread that trains, between steps"
+            )
+        before, self._caller = self._caller, call
+        try:
+            yield
+        finally:
+            self._caller = before
+            self._busy.release()
+
+    def _warn_once(self, about: str, text: str) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            warnings.warn(f"rank {self._collective.rank}: {text}", stacklevel=3)
 
     # What a torch optimizer has: the inner one's.
 
@@ -126,51 +218,94 @@ class LocalOptimizer(Optimizer):
         """The inner optimizer's parameter groups."""
         return self.inner.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The inner optimizer's per-parameter state."""
-        return self.inner.state
+        return self.inner.state or _Empty(self.inner)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner.state = state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimizer's defaults."""
         return self.inner.defaults
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("train", "eval") and "inner" in vars(self):  # an optimizer with two modes
+            return getattr(self.inner, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
         self.inner.zero_grad(set_to_none=set_to_none)
 
+    @_one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, between rounds, on all ranks alike. Collective: the buffers are rebuilt.
 
+        Where it is refused, the optimizer is as it was.
+
         Raises:
             RuntimeError: in the middle of a round.
+            ValueError: if the parameters cannot live in flat buffers.
+            ReplicaMismatchError: if another rank makes another call.
+            LayoutMismatchError: if another rank adds another group.
         """
-        self._refuse_in_consensus("add_param_group()")
+        self._refuse("add_param_group()")
         replica = self._replica
-        if replica.remaining:
+        if replica.open:
             raise RuntimeError(
                 f"add_param_group at step {replica.step}, {replica.remaining} steps before the "
                 "round ends: add groups between rounds (when .synced), or call finish() first"
             )
         self.sync.land()
-        self.inner.add_param_group(param_group)
-        own, buffers = replica.flat.views, replica.buffers.snapshot()
-        new = self._build()
+        groups, homes = len(self.inner.param_groups), self._homes
+        own, buffers = replica.flat, replica.buffers.snapshot()
+        try:
+            problem = self._problem_with(param_group)
+            replica.meet(Kind.ADD_GROUP, replica.levels, count="other")
+            control.agree(
+                self._collective, [f"a group that is {problem or 'fit'}"], control.TIMEOUT
+            )
+            if problem is not None:
+                raise problem
+            new, new_buffers = self._build()
+            replica.equalise(new, new_buffers)
+        except BaseException:
+            del self.inner.param_groups[groups:]
+            self._homes = homes
+            own.take_back()
+            raise
         with torch.no_grad():
-            for name, p in new.flat.named:
-                if name in own:  # replicas may differ: only the new parameters start as rank 0's
-                    p.copy_(own[name])
-            new.buffers.restore(buffers)
-        replica.relayout(new.flat, new.buffers)
+            for name, p in new.named:
+                if name in own.views:  # replicas may differ: only new ones start as rank 0's
+                    p.copy_(own.views[name])
+            new_buffers.restore(buffers)
+        replica.relayout(new, new_buffers)
         self.sync.relayout()
+
+    def _problem_with(self, param_group: dict[str, Any]) -> Exception | None:
+        """Add the group to the inner optimizer; why it cannot be, if so."""
+        try:
+            self.inner.add_param_group(param_group)
+            named = _named_parameters(self.inner, self._model)
+            entries_of(named, self.sync.beside(named))
+        except (ValueError, TypeError) as error:
+            return error
+        return None
 
     # When: the place in the round.
 
     @property
     def synced(self) -> bool:
         """Whether no round is open: under `Average`, whether all replicas are equal."""
-        return self._replica.remaining == 0
+        return not self._replica.open
 
     @property
     def h(self) -> int:
@@ -206,6 +341,8 @@ class LocalOptimizer(Optimizer):
         """
         return None if self._replica.report is None else self._replica.report.drift
 
+    @_with_own_hooks
+    @_one_at_a_time
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Make one local step; if ``auto``, end the round when it is due.
 
@@ -218,8 +355,10 @@ class LocalOptimizer(Optimizer):
         Raises:
             SyncError: when a round ends on replicas that do not fit; see `average`.
         """
-        self._refuse_in_consensus("step()")
-        if self._replica.remaining == 0:
+        self._refuse("step()")
+        if self._replica.open and not self._replica.remaining:
+            self._end_round()  # which had failed
+        if not self._replica.open:
             self._begin_round()
         lr = self.inner.param_groups[0].get("lr", math.nan)
         loss = self._inner_step(closure)
@@ -230,30 +369,59 @@ class LocalOptimizer(Optimizer):
             self.average()
         return loss
 
+    @_one_at_a_time
     def average(self) -> bool:
         """Count one local step; end the round if it was the last. Collective then.
+
+        Where a synchronisation has failed, parameters are what they were before it (or NaN, if it
+        had begun to overwrite them, and then no call goes on). It is owed: the next step, also
+        that of a resumed run, begins with it.
 
         Returns:
             Whether the round has ended.
 
         Raises:
-            ReplicaMismatchError: if the ranks are at different steps or have different H.
+            ReplicaMismatchError: if the ranks do not fit: other steps, H, learning rates,
+                optimizers, or weights where they should have been equal.
             NonFiniteError: if a replica holds NaN or infinity.
+            SyncError: if another rank has gone.
         """
-        self._refuse_in_consensus("average()")
+        self._refuse("average()")
         replica = self._replica
-        if replica.remaining == 0:
+        if not replica.open:
             self._begin_round()
-        self._check_loss()
-        replica.count_step()
-        replica.poll()
-        self.sync.after_step()
-        if replica.remaining > 1:
-            replica.remaining -= 1
+        if replica.remaining:
+            self._check_loss()
+            replica.count_step()
+            replica.poll()
+            self.sync.after_step()
+        if replica.remaining:
             return False
+        self._end_round()
+        return True
+
+    def _end_round(self) -> None:
+        replica = self._replica
         self.sync.end_round()
         replica.end_round()
-        return True
+        if replica.alike:
+            self._look_elsewhere()
+
+    def _look_elsewhere(self) -> None:
+        """Warn if somebody else averages the gradients, so that replicas never part."""
+        replica = self._replica
+        params = [p for _, p in replica.flat.named]
+        losses = [] if replica.report is None else replica.report.losses
+        who = averaged_elsewhere(params, losses) if replica.last_lr > 0 else None
+        if who is not None:
+            self._warn_once(
+                "elsewhere",
+                f"all replicas were equal, bit for bit, after {replica.h} local steps (step "
+                f"{replica.step}): {who} averages gradients at every step, so that local steps "
+                "save nothing. Do not wrap the model in DistributedDataParallel, also not by "
+                "accelerator.prepare(model) or a Trainer's ddp strategy; or train within its "
+                "no_sync()",
+            )
 
     def _check_loss(self) -> None:
         replica = self._replica
@@ -273,7 +441,8 @@ class LocalOptimizer(Optimizer):
         h = self.period(replica.step, float(self.inner.param_groups[0].get("lr", math.nan)))
         if not isinstance(h, int) or not 1 <= h < 2**63:
             raise ValueError(f"period gave H = {h!r} at step {replica.step}: not a positive int")
-        replica.begin_round(h)
+        modes = hasattr(self.inner, "eval")  # which may change weights between rounds, and back
+        replica.begin_round(h, equal=self.sync.replicas_agree and not modes)
 
     def _check_model(self) -> None:
         """Raise `RuntimeError` if the model has got other Parameters than the optimizer's."""
@@ -285,7 +454,8 @@ class LocalOptimizer(Optimizer):
                     "building the optimizer"
                 )
 
-    def _refuse_in_consensus(self, call: str) -> None:
+    def _refuse(self, call: str) -> None:
+        self._replica.check_usable()
         if self._in_consensus:
             raise RuntimeError(f"{call} inside consensus(): the model is not the replica's own now")
 
@@ -308,6 +478,7 @@ class LocalOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             return self.inner.step() if closure is None else self.inner.step(closure)
+        self._tell_accelerate(found_inf)
         if closure is not None:
             raise RuntimeError("GradScaler does not work with closures")
         if getattr(self.inner, "_step_supports_amp_scaling", False):
@@ -318,6 +489,16 @@ class LocalOptimizer(Optimizer):
         if grad_scale is not None:
             self._unscale(1.0 / float(grad_scale))
         return self.inner.step()
+
+    def _tell_accelerate(self, found_inf: Tensor) -> None:
+        """Accelerate takes a step that was called for one that was made; this one may not be.
+
+        It looks at a flag that its own wrapper of ``step`` sets, ``step_was_skipped``.
+        """
+        cells = getattr(vars(self).get("step"), "__closure__", None) or ()
+        for cell in cells:
+            if hasattr(cell.cell_contents, "_accelerate_step_called") and float(found_inf):
+                cell.cell_contents._accelerate_step_called = False
 
     def _step_with_scale(self, found_inf: Tensor) -> Any:
         inner: Any = self.inner
@@ -339,7 +520,7 @@ class LocalOptimizer(Optimizer):
         Raises:
             RuntimeError: after the first step.
         """
-        if self._replica.round or self._replica.remaining:
+        if self._replica.round or self._replica.open:
             raise RuntimeError(f"start_at({step}) after {self._replica.step} steps: call it first")
         self._replica.step = step
 
@@ -357,14 +538,17 @@ class LocalOptimizer(Optimizer):
             RuntimeError: if nested.
             ReplicaMismatchError: if another rank makes another call.
         """
-        self._refuse_in_consensus("consensus()")
+        self._refuse("consensus()")
         replica = self._replica
         saved = None if self.synced and self.sync.replicas_agree else replica.snapshot()
         saved_buffers = replica.buffers.snapshot()
         self._in_consensus = True
         try:
-            if saved is not None:
-                self.sync.enter_consensus()
+            with self._only("consensus"):
+                if saved is None:
+                    replica.check_equal()
+                else:
+                    self.sync.enter_consensus()
             yield
         finally:
             self._in_consensus = False
@@ -373,32 +557,41 @@ class LocalOptimizer(Optimizer):
             with torch.no_grad():
                 replica.buffers.restore(saved_buffers)
 
+    @_one_at_a_time
     def finish(self) -> None:
         """End the open round now and wait for collectives in flight: the replicas agree.
 
-        Collective; always makes one exchange, which shows whether every rank is here.
+        Collective; always makes one exchange, which shows whether every rank is here. Replicas
+        that should have been equal and are not, for one has changed its weights since the last
+        round, become equal all the same, with a warning.
 
         Raises:
             ReplicaMismatchError: if another rank is elsewhere, such as in its next round.
         """
-        self._refuse_in_consensus("finish()")
+        self._refuse("finish()")
         replica = self._replica
         self.sync.finish()
-        if replica.remaining:
+        if replica.open:
             replica.end_round()
 
     # Saving: one state per rank.
 
     @torch._disable_dynamo
+    @_one_at_a_time
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimizer's ``state`` and ``param_groups``, and this replica's place.
 
-        Each rank has its own: save one file per rank, with that rank's model weights.
+        Each rank has its own: save one file per rank, with that rank's model weights. The place is
+        in the first parameter group, so that it also passes through
+        ``torch.distributed.checkpoint.state_dict``; ``torch.distributed.checkpoint.save`` keeps
+        one rank's tensors only: see `localopt.integrations.dcp`.
 
         Raises:
             NonFiniteError: if this replica holds NaN or infinity (with ``check_finite``), so that
                 it does not replace what was saved before.
+            SyncError: if a collective that is in flight has failed.
         """
+        self._replica.check_usable()
         self.sync.land()
         if self._options["check_finite"]:
             self._replica.check_finite_here()
@@ -406,7 +599,7 @@ class LocalOptimizer(Optimizer):
             pre_hook(self)
         replica = self._replica
         state = self.inner.state_dict()
-        state["localopt"] = {
+        state["param_groups"][0][PLACE] = {
             "version": STATE_VERSION,
             "rule": type(self.sync).__name__,
             "rank": self._collective.rank,
@@ -420,6 +613,7 @@ class LocalOptimizer(Optimizer):
         return state
 
     @torch._disable_dynamo
+    @_one_at_a_time
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state that `state_dict` gave on this rank.
 
@@ -429,15 +623,22 @@ class LocalOptimizer(Optimizer):
             ValueError: if the state is of another version, rule, or, in mid-round, of another
                 rank or number of replicas.
         """
-        self._refuse_in_consensus("load_state_dict()")
+        if self._in_consensus:
+            self._refuse("load_state_dict()")
         state = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state)
             state = changed if changed is not None else state
-        place = state.pop("localopt", None)
+        place = place_of(state)
         if place is not None:
             self._check_place(place)
+        state.pop(PLACE, None)
+        state["param_groups"] = [
+            {key: value for key, value in group.items() if key != PLACE}
+            for group in state["param_groups"]
+        ]
         self.inner.load_state_dict(state)
+        self._replica.lost = None
         self._replica.drop()  # what is in flight belongs to the run that is left
         if place is None:
             self._replica.start_over()
@@ -456,12 +657,14 @@ class LocalOptimizer(Optimizer):
             "rank": self._collective.rank,
             "world_size": self._collective.world_size,
         }
-        if place["version"] != STATE_VERSION:
+        if place["version"] not in READABLE:
             raise ValueError(
-                f"the state to load has version {place['version']!r}, this localopt writes and "
-                f"reads {STATE_VERSION}"
+                f"the state to load has version {place['version']!r}, this localopt writes "
+                f"{STATE_VERSION} and reads {' and '.join(map(str, READABLE))}"
             )
-        agreed = place["sync"]["replicas_agree"] and place["replica"]["remaining"] == 0
+        replica = place["replica"]
+        is_open = replica.get("open", replica["remaining"] > 0)
+        agreed = place["sync"]["replicas_agree"] and not is_open
         wanted = ("rule",) if agreed else mine
         for key in wanted:
             if place[key] != mine[key]:
@@ -469,6 +672,13 @@ class LocalOptimizer(Optimizer):
                     f"rank {mine['rank']}: the state to load has {key} {place[key]!r}, this "
                     f"optimizer {mine[key]!r}"
                 )
+        if place["rank"] is not None and place["rank"] != mine["rank"]:
+            self._warn_once(
+                "other rank",
+                f"the optimizer state that is loaded is that of rank {place['rank']}: momenta and "
+                "the like are each replica's own. Save one state per rank, or merge them all "
+                "(localopt.merge.merged)",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -480,7 +690,9 @@ class LocalOptimizer(Optimizer):
         return f"{type(self).__name__}({self.inner!r}, {self.period!r}, sync={self.sync!r})"
 
 
-_LOCAL = ("sync", "model", "buffers", "process_group", "auto", "track_drift", "check_finite")
+_LOCAL = (
+    "sync", "model", "buffers", "process_group", "auto", "track_drift", "check_finite", "alone",
+)  # fmt: skip
 
 
 class LocalSGD(LocalOptimizer):
@@ -538,6 +750,85 @@ def _check_inner(inner: Optimizer, period: Callable[[int, float], int]) -> None:
                 f"{type(period).__name__} follows the decay of the learning rate, and "
                 f"{type(inner).__name__} has none: use Constant or PostLocal with it"
             )
+
+
+def _check_group(process_group: dist.ProcessGroup | None, *, alone: bool) -> None:
+    if alone and process_group is not None:
+        raise ValueError("alone=True and process_group exclude each other")
+    together = process_group is not None or (dist.is_available() and dist.is_initialized())
+    if not alone and not together and announced_ranks() > 1:
+        raise RuntimeError(
+            f"the launcher has started {announced_ranks()} processes (WORLD_SIZE), and "
+            "torch.distributed is not initialised: replicas would never meet. Call "
+            "torch.distributed.init_process_group() before building the optimizer, or give "
+            "alone=True to train each process by itself"
+        )
+
+
+def _check_modes(inner: Optimizer, sync: Rule, collective: Collective) -> None:
+    """Refuse an optimizer with an evaluation mode whose weights replicas would not agree on."""
+    if not callable(getattr(inner, "eval", None)) or collective.world_size == 1:
+        return
+    if not getattr(sync, "state_fields", ()):
+        raise ValueError(
+            f"{type(inner).__name__} evaluates other weights than it trains: they depend on its "
+            "state, which each replica has of its own, and replicas that agree in train() would "
+            "not in eval(). Average that state as well, for schedule-free optimizers with "
+            'sync=Average(state_fields=("z",))'
+        )
+
+
+def _check_order(
+    collective: Collective, inner: Optimizer, named: list[tuple[str, nn.Parameter]]
+) -> None:
+    """Raise if a rank has the parameters in another order, as their initial values show it."""
+    if collective.world_size == 1 or any("param_names" in g for g in inner.param_groups):
+        return
+    values = json.dumps([bits_of(p.detach()) for _, p in named])
+    told = [json.loads(text) for text in control.gather(collective, values)]
+    odd = [
+        rank
+        for rank, theirs in enumerate(told)
+        if theirs != told[0] and sorted(theirs) == sorted(told[0])
+    ]
+    if odd:
+        raise control.LayoutMismatchError(
+            f"{ranks_text(odd)} of {collective.world_size} gave the parameters in another order "
+            "than rank 0: their initial values are the same, at other places. Give model=, or the "
+            "parameters in one order"
+        )
+
+
+class _Empty(MutableMapping):
+    """The inner optimizer's state while there is none.
+
+    It counts as something: ``torch.distributed.checkpoint`` makes a step with an optimizer whose
+    state is nothing to look at what a step would make of it, and ours would begin a round.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._inner = inner
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._inner.state[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._inner.state[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._inner.state[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._inner.state
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._inner.state)
+
+    def __len__(self) -> int:
+        return len(self._inner.state)
 
 
 def _named_parameters(inner: Optimizer, model: nn.Module | None) -> list[tuple[str, nn.Parameter]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
+import weakref
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +21,15 @@ from . import control
 from . import header as headers_
 from .buffers import Buffers
 from .collective import Across, Collective, Pending, Traffic, clock
-from .flat import Flat, Fragments, Memory, finite, square_norm
-from .header import Header, Kind, NonFiniteError, ranks_text
+from .flat import Flat, Fragments, Memory, square_norm, total
+from .header import (
+    Header,
+    Kind,
+    NonFiniteError,
+    ReplicaMismatchError,
+    SyncError,
+    ranks_text,
+)
 
 
 @dataclass(frozen=True)
@@ -43,21 +53,36 @@ class SyncReport:
     waits: list[float]
 
 
+# How the bytes and seconds of a meeting are counted: as those of a synchronisation that ends a
+# round, of a part of one, or of something beside.
+Count = Literal["round", "part", "other"]
+
+# The names of the optimizers that were built, by process group, in that order.
+_built: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+
+
 class Replica:
     """What a rule works on.
+
+    Whenever replicas meet they first tell each other what they have come for (`meet`). Only then
+    are parameters touched, and what overwrites them does so in `changing`: after an error a replica
+    holds what it held before, or is lost, and says so to whoever goes on with it.
 
     Attributes:
         flat: the parameters' memory.
         collective: rank, world size, and the collectives.
         levels: the sums that one after another make the sum over all replicas.
-        headers_apart: whether each collective is begun by an exchange of headers alone, so that
-            ranks meet whatever the sizes of what follows.
         fragments: of the parameters, where they are sent one at a time.
         inner: the optimizer that makes the local steps.
         step: local steps finished.
         h: local steps in the current round, or in the last one when it has ended.
-        remaining: local steps left in the current round; 0 between rounds.
+        open: whether a round is open.
+        remaining: local steps left in the open round; 0 where only its synchronisation is owed.
+        start: a sample of the parameters at the round's start, where all ranks should have the
+            same; else 0.
         round: rounds finished.
+        lost: why the parameters are lost; None while they are not.
+        alike: whether all replicas were equal bit for bit at the end of a round of several steps.
         traffic: bytes and seconds.
         report: of the last synchronisation.
     """
@@ -69,56 +94,67 @@ class Replica:
         buffers: Buffers,
         inner: Optimizer,
         *,
+        name: str = "optimizer",
         check_finite: bool,
         track_drift: bool,
     ) -> None:
         self.flat, self.collective, self.buffers, self.inner = flat, collective, buffers, inner
         self.check_finite, self.track_drift = check_finite, track_drift
         self.levels: Sequence[Collective | Across] = [collective]
-        self.headers_apart = False
         self.fragments: Fragments | None = None
-        self.step = self.h = self.remaining = self.round = 0
+        self.step = self.h = self.remaining = self.round = self.start = 0
+        self.open = False
+        self.lost: str | None = None
+        self.alike = self._perhaps_alike = False
+        self._backwards = 0
+        self._siblings = _built.setdefault(collective.key, []) if collective.key else []
+        self._identity = len(self._siblings)
+        self._siblings.append(f"optimizer {self._identity} ({name})")
+        self._flights: Collective | None = None
         self.traffic = Traffic()
         self.report: SyncReport | None = None
         self.device = flat.buffers[0].data.device
         self._landed_report: SyncReport | None = None
         self._flight: _Flight | None = None
         self._sent: Memory | None = None
+        self._slots = self._empty_slots()
         self._square_spread = 0.0
         self._resumed = clock(self.device)
         self._forget_round()
 
     def use_own_group(self) -> None:
-        """Meet in a process group of its own from now on. Collective.
+        """Have means that run behind training (`launch`) from now on. Collective.
 
-        What runs behind training must not mix with other collectives of the user's group; and as
-        all of this replica's are in one group, ranks out of step meet there.
+        They must not mix with collectives of the user's group: the means travel in a group of this
+        optimizer's own, and all else in one that such optimizers share, so that ranks which bring
+        different ones meet there.
         """
-        self.collective = self.collective.subgroup(range(self.collective.world_size))
+        everyone = range(self.collective.world_size)
+        self._flights = self.collective.subgroup(everyone)
+        self.collective = self.collective.shared("behind training", everyone)
         self.levels = [self.collective]
 
     def use_fragments(self, number: int) -> None:
-        """Send the parameters in so many fragments, one at a time, from now on.
-
-        A fragment's collective and the exchange that begins any other one are of one size, so that
-        ranks out of step meet.
-        """
+        """Send the parameters in so many fragments, one at a time, from now on."""
         self.fragments = Fragments(self.flat, number)
-        self.headers_apart = True
 
     # The place in the round.
 
-    def begin_round(self, h: int) -> None:
-        """A round of ``h`` local steps begins."""
+    def begin_round(self, h: int, *, equal: bool = False) -> None:
+        """A round of ``h`` local steps begins, all replicas being ``equal`` or perhaps not."""
         self.h = self.remaining = h
+        self.open = True
+        self.start = self.flat.sample() if equal and self.collective.world_size > 1 else 0
 
     def end_round(self) -> None:
         """The round has ended."""
         self.remaining = 0
+        self.open = False
         self.round += 1
         self._forget_round()
 
     def _forget_round(self) -> None:
+        self.last_lr = self.lr if hasattr(self, "_rates") else 0.0
         # A 0-dim tensor once a loss or a rate was one: nothing is read before the boundary.
         self._rate_sum: float | Tensor = 0.0
         self._loss_sum: float | Tensor = 0.0
@@ -127,6 +163,8 @@ class Replica:
 
     def record_lr(self, lr: float | Tensor) -> None:
         """Take note of a step's learning rate."""
+        if isinstance(lr, Tensor) and lr.device.type != "mps":
+            lr = lr.detach().double()
         self._rate_sum = self._rate_sum + lr
         self._rates += 1
 
@@ -143,8 +181,8 @@ class Replica:
             )
         if isinstance(loss, Tensor):
             loss = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-            if loss.dtype.itemsize < 4:  # a sum of thousands would stop growing
-                loss = loss.float()
+            if loss.device.type != "mps":  # a sum of many thousands would stop growing
+                loss = loss.double()
         self._step_loss = loss if isinstance(loss, Tensor) else float(loss)
 
     @property
@@ -155,6 +193,7 @@ class Replica:
     def count_step(self) -> None:
         """A local step has been made."""
         self.step += 1
+        self.remaining = max(0, self.remaining - 1)
         if self._step_loss is not None:
             self._loss_sum = self._loss_sum + self._step_loss
             self._losses += 1
@@ -175,16 +214,157 @@ class Replica:
     # Meeting the others.
 
     @torch.no_grad()
-    def equalise(self) -> None:
-        """Start from rank 0's parameters and buffers. Collective."""
+    def equalise(self, flat: Flat | None = None, buffers: Buffers | None = None) -> None:
+        """Start from rank 0's parameters and buffers; or those of another layout. Collective."""
         started = clock(self.device)
-        sent = self.collective.broadcast_([b.data for b in self.flat.buffers])
-        self.buffers.equalise(self.collective)
+        with self.told():
+            sent = self.collective.broadcast_([b.data for b in (flat or self.flat).buffers])
+            (buffers or self.buffers).equalise(self.collective)
         self._resumed = clock(self.device)
         self.traffic.other_bytes += sent
         self.traffic.other_seconds += self._resumed - started
 
     @torch.no_grad()
+    def meet(
+        self,
+        kind: Kind = Kind.SYNC,
+        levels: Sequence[Collective | Across] | None = None,
+        *,
+        count: Count = "round",
+        settings: object = (),
+        own: Sequence[Tensor] | None = None,
+        square_norm: float | None = None,
+        believed_equal: bool = False,
+    ) -> list[dict[int, Header]]:
+        """Tell each other what for, level by level; return each level's headers. Collective.
+
+        An exchange of a few bytes, the same whatever follows. Nothing is changed by it. Every
+        other collective of this class comes after one, or carries one along.
+
+        Args:
+            kind: why.
+            levels: whom with, one after another; None for all the replicas at once.
+            count: how it is counted.
+            settings: what the rule goes by, to be the same on all ranks.
+            own: what it is about, tensors (n,); None for all that is averaged.
+            square_norm: of that; None: to be computed where drift is tracked.
+            believed_equal: whether to tell a fingerprint of the parameters.
+
+        Raises:
+            ReplicaMismatchError: if the ranks are not at the same call.
+            NonFiniteError: if a replica brings NaN or infinity.
+        """
+        self.check_usable()
+        self.flat.check_pointers()
+        started = clock(self.device)
+        mine = self._header(kind, started, settings, own, square_norm, believed_equal)
+        scan = self._scan(own)
+        met = [self.collective] if levels is None else [level.everyone for level in levels]
+        sent, seen = 0, []
+        for level in met:
+            headers_.write(self._slots, self.collective.rank, mine, scan)
+            with self.told():
+                sent += level.sum_([self._slots])
+            seen.append(self._read(self._slots, level.ranks))
+        waits = _waits(seen[-1])
+        self._count(count, sent, started, waits)
+        self._compare(seen[-1])
+        # Only now, or ranks of other groups would wait at the next level for those that raise here.
+        self._refuse_non_finite(seen[-1], met[-1])
+        if count == "round":
+            self.report = self._report(seen[-1], waits, None)
+        return seen
+
+    def _read(self, slots: Tensor, ranks: Sequence[int]) -> dict[int, Header]:
+        headers = headers_.read(slots, ranks)
+        headers_.check_in_step(headers, self._name)
+        return headers
+
+    def _compare(self, headers: Mapping[int, Header]) -> None:
+        """Take note if replicas that have trained apart are equal: `alike`.
+
+        A sum is compared, which is at hand; where that is the same, fingerprints the next time.
+        """
+        told = list(headers.values())
+        if len(told) == 1 or told[0].kind is not Kind.SYNC or told[0].h == 1:
+            return
+        self.alike = bool(told[0].fingerprint) and len({h.fingerprint for h in told}) == 1
+        self._perhaps_alike = len({h.total for h in told}) == 1  # NaN is never equal
+
+    def _name(self, identity: int) -> str:
+        known = 0 <= identity < len(self._siblings)
+        return self._siblings[identity] if known else f"optimizer {identity}"
+
+    def _refuse_non_finite(self, headers: Mapping[int, Header], level: Collective) -> None:
+        bad = [rank for rank, header in headers.items() if not header.finite]
+        if not bad:
+            return
+        # A scan that overflows on finite values raises the flag too: only names make it an error.
+        names = self.flat.non_finite() if self.collective.rank in bad else []
+        texts = control.gather(level, _few(names))
+        if any(texts):
+            raise NonFiniteError(_brought(bad, self.step, next(text for text in texts if text)))
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """What torch raises in here, where a rank has gone, is told with rank and step."""
+        try:
+            yield
+        except SyncError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise SyncError(self._failed(error)) from error
+
+    def _failed(self, error: BaseException) -> str:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return (
+            f"rank {self.collective.rank}: the synchronisation at step {self.step} failed, for "
+            "another rank has died or hangs, or another collective ran in this process group: "
+            f"{first}"
+        )
+
+    @contextmanager
+    def changing(self, *, parameters: bool = True) -> Iterator[None]:
+        """In here the ``parameters``, or what the rule keeps, are overwritten.
+
+        Where that fails half-way, they are not what they were and not what they should become:
+        parameters become NaN, so that nobody saves them, and no call goes on with this optimizer.
+        """
+        try:
+            with torch.no_grad(), self.told():
+                yield
+        except BaseException as error:
+            self._lose(error, parameters=parameters)
+            if isinstance(error, SyncError):
+                raise SyncError(self.lost) from error
+            raise
+
+    def _lose(self, error: BaseException, *, parameters: bool) -> None:
+        what = "it had begun to overwrite the parameters, which are NaN now"
+        if parameters:
+            with torch.no_grad(), contextlib.suppress(RuntimeError):
+                for buffer in self.flat.buffers:
+                    buffer.data.fill_(math.nan)
+        else:
+            what = "what the rule keeps is lost, the parameters are what they were"
+        reason = str(error) if isinstance(error, SyncError) else self._failed(error)
+        self.lost = f"{reason}; {what}. Go on from the newest checkpoint"
+
+    def check_equal(self) -> None:
+        """Raise `ReplicaMismatchError` unless all replicas hold the same parameters. Collective."""
+        (*_, headers) = self.meet(Kind.CONSENSUS, self.levels, count="other", believed_equal=True)
+        if (found := {h.fingerprint for h in headers.values()}) and len(found) > 1:
+            raise ReplicaMismatchError(
+                f"the replicas hold different weights at step {self.step}, where all should be "
+                "equal: some rank has changed its own since the last round, as by loading a "
+                "checkpoint. Load on all ranks alike"
+            )
+
+    def check_usable(self) -> None:
+        """Raise `SyncError` if the parameters are lost."""
+        if self.lost is not None:
+            raise SyncError(self.lost)
+
     def mean_(
         self,
         kind: Kind = Kind.SYNC,
@@ -194,10 +374,7 @@ class Replica:
         settings: object = (),
         believed_equal: bool = False,
     ) -> bool:
-        """Replace what is averaged by its mean over the replicas, x ← x̄, in place. Collective.
-
-        Every collective of a replica has this one size, whatever its kind, so that ranks which
-        are out of step meet, see each other's headers, and say so.
+        """Meet, and replace what is averaged by its mean over the replicas, x ← x̄. Collective.
 
         Args:
             kind: why.
@@ -207,36 +384,65 @@ class Replica:
             believed_equal: whether to look if the replicas hold the same parameters.
 
         Returns:
-            Whether they do, if looked for; else False.
+            Whether they do, if looked for; else False. If so parameters keep their bits.
 
         Raises:
             ReplicaMismatchError: if the ranks are not at the same call.
             NonFiniteError: if a replica brought NaN or infinity.
         """
-        if self.headers_apart:
-            self.exchange(kind, [self.collective])
-        flat, sums = self.flat, self.levels[:levels]
-        ranks = sums[-1].ranks
-        flat.check_pointers()
-        self.buffers.gather(flat.views, from_rank0=self.collective.rank == ranks[0])
-        started = clock(self.device)
-        fingerprint = flat.fingerprint() if believed_equal else 0
-        self._write_header(flat.slots, kind, started, self._scan(), settings, fingerprint)
-        wholes, averaged = zip(*((b.data, b.averaged) for b in flat.buffers), strict=True)
-        sent = 0
-        for level in sums:
-            sent += level.mean_(wholes, averaged)
-            headers = headers_.read(flat.slots, level.ranks)
-            headers_.check_in_step(headers)
-        waits = _waits(headers)
-        self._count(ends_round, sent, started, waits)
-        self._check_finite(headers, flat)
-        self.buffers.scatter(flat.views)
-        if ends_round:
-            self.report = self._report(headers, waits, self._spread(headers, flat))
-        elif kind is Kind.FINISH and self._landed_report is not None:
+        count: Count = "round" if ends_round else "other"
+        sums = self.levels[:levels]
+        self.gather_buffers(sums[-1])
+        seen = self.meet(kind, sums, count=count, settings=settings, believed_equal=believed_equal)
+        equal = believed_equal and len({h.fingerprint for h in seen[-1].values()}) == 1
+        if not equal or self.buffers.travel:
+            # The mean of m equal numbers is not always that number, to the last bit.
+            saved = self.snapshot() if equal else None
+            with self.changing():
+                self.sum_(seen[-1], sums, count=count)
+                if saved is not None:
+                    self.restore(saved)
+        if not ends_round and kind is Kind.FINISH and self._landed_report is not None:
             self.report = self._landed_report
-        return believed_equal and all(h.fingerprint == fingerprint for h in headers.values())
+        return equal
+
+    @torch.no_grad()
+    def gather_buffers(self, level: Collective | Across | None = None) -> None:
+        """Copy the model's buffers to where they are averaged, before `meet`."""
+        ranks = (level or self.collective).ranks
+        self.buffers.gather(self.flat.views, from_rank0=self.collective.rank == ranks[0])
+
+    def sum_(
+        self,
+        headers: Mapping[int, Header],
+        levels: Sequence[Collective | Across] | None = None,
+        *,
+        count: Count = "round",
+    ) -> None:
+        """The mean that follows `meet`, within `changing`. Collective."""
+        started, sent = clock(self.device), 0
+        wholes, averaged = zip(*((b.data, b.averaged) for b in self.flat.buffers), strict=True)
+        for level in self.levels if levels is None else levels:
+            sent += level.mean_(wholes, averaged)
+        self.count_part(sent, started, count)
+        self.buffers.scatter(self.flat.views)
+        if count == "round":
+            self._tell_spread(headers, self.flat)
+
+    def _tell_spread(self, headers: Mapping[int, Header], mean: Memory) -> None:
+        if self.track_drift and self.report is not None:
+            drift = headers_.spread(headers, mean.square_norm())
+            self.report = replace(self.report, drift=drift)
+
+    def measure_spread(self, headers: Mapping[int, Header], level: Collective) -> None:
+        """The spread where no mean is at hand. Collective, but only where drift is tracked."""
+        if self.track_drift:
+            started = clock(self.device)
+            with torch.no_grad(), self.told():
+                mean = self._copy(self.flat.params, len(level.ranks))
+                sent = level.sum_(mean.params)
+            self._count("other", sent, started, {})
+            self._tell_spread(headers, mean)
 
     @torch.no_grad()
     def launch(
@@ -247,7 +453,7 @@ class Replica:
         What is sent is a copy. One mean at a time: `land` the last one before.
 
         Args:
-            settings: as for `mean_`.
+            settings: as for `meet`.
             fragment: which of the `fragments`; None: all parameters.
             ends_round: whether this ends a round; else it is a part of the synchronisation that
                 the round's end will complete.
@@ -255,21 +461,24 @@ class Replica:
         Raises:
             RuntimeError: if the parameters were moved out of their memory.
         """
+        assert self._flights is not None, "use_own_group() comes first"
+        self.check_usable()
         self.flat.check_pointers()
         started = clock(self.device)
-        own = self.flat.params
-        if fragment is not None:
-            own = self._fragments.of(own, fragment)
+        own = self._part(fragment)
         sent = self._copy(own, self.collective.world_size)
-        scan = None if not self.check_finite else finite(own)
-        self._write_header(sent.slots, Kind.SYNC, started, scan, settings, own=own)
-        pending = self.collective.start_sum_([b.data for b in sent.buffers])
+        slots = self._empty_slots()
+        mine = self._header(Kind.SYNC, started, (settings, fragment), own)
+        headers_.write(slots, self.collective.rank, mine, self._scan(own))
+        with self.told():
+            told = self.collective.start_sum_([slots])
+            pending = self._flights.start_sum_([b.data for b in sent.buffers])
+        travels = told.bytes + pending.bytes
         if ends_round:
             self.report = self._landed_report
-            self._count(True, pending.bytes, started, {})
-        else:
-            self.count_part(pending.bytes, started)
-        self._flight = _Flight(pending, sent, fragment, ends_round, self._resumed)
+        self._count("round" if ends_round else "part", travels, started, {})
+        flight = _Flight(told, slots, pending, sent, fragment, ends_round, self._resumed)
+        self._flight = flight
 
     def mean(self, *, fragment: int | None = None, ends_round: bool = True) -> list[Tensor]:
         """x̄, in memory of its own, which the next mean writes to. Collective; waits for it.
@@ -277,18 +486,36 @@ class Replica:
         Args:
             fragment, ends_round: as for `launch`.
         """
-        self.launch(fragment=fragment, ends_round=ends_round)
-        mean = self.land()
-        assert mean is not None, "it has just been launched"
+        own = self._part(fragment)
+        count: Count = "round" if ends_round else "part"
+        (headers,) = self.meet(count=count, settings=fragment, own=own)
+        started = clock(self.device)
+        with torch.no_grad(), self.told():
+            sent = self._copy(own, self.collective.world_size)
+            travelled = self.collective.sum_([b.data for b in sent.buffers])
+        self.count_part(travelled, started)
+        self._add_to_report(headers, _waits(headers), sent, ends_round=ends_round)
         if ends_round:
             self.report = self._landed_report
-        return mean
+        return self._landed(sent, fragment)
+
+    def _part(self, fragment: int | None) -> list[Tensor]:
+        params = self.flat.params
+        return params if fragment is None else self._fragments.of(params, fragment)
+
+    def _landed(self, sent: Memory, fragment: int | None) -> list[Tensor]:
+        return sent.params if fragment is None else self._fragments.mean(fragment)
 
     def drop(self) -> None:
         """Wait for what is in flight, if anything, and forget it."""
-        if self._flight is not None:
-            self._flight.pending.wait()
-            self._flight = None
+        flight, self._flight = self._flight, None
+        if flight is not None and flight.failed is None:
+            flight.told.wait()
+            flight.pending.wait()
+        elif flight is not None:
+            self._sent = None  # it may still be written to
+            if self.fragments is not None:
+                self.fragments = Fragments(self.flat, self.fragments.number, self.fragments)
 
     def poll(self) -> None:
         """Take note if what was launched has ended. No waiting."""
@@ -311,32 +538,47 @@ class Replica:
         flight = self._flight
         if flight is None:
             return None
-        self._flight = None
+        if flight.failed is not None:
+            raise flight.failed
+        try:
+            return self._arrived(flight)
+        except Exception as error:
+            flight.failed = error
+            raise
+
+    def _arrived(self, flight: _Flight) -> list[Tensor]:
         started = clock(self.device)
-        flight.pending.wait()
+        with self.told():
+            flight.told.wait()
+        headers = self._read(flight.slots, self.collective.ranks)
+        self._compare(headers)
+        with self.told():
+            flight.pending.wait()
         exposed = clock(self.device) - started
         self._resumed += exposed  # so that it does not count as busy
         ended = started if flight.ended is None else flight.ended
         self.traffic.exposed += exposed
         if flight.pending.bytes:  # else: one replica, nothing has travelled
             self.traffic.hidden += max(0.0, ended - flight.launched)
-        headers = headers_.read(flight.sent.slots)
-        headers_.check_in_step(headers)
         self._check_finite(headers, flight.sent, flight.fragment)
         waits = _waits(headers)
         self.traffic.count_wait(waits, self.collective.world_size)
-        self._add_to_report(headers, waits, flight)
-        if flight.fragment is None:
-            return flight.sent.params
-        return self._fragments.mean(flight.fragment)
+        self._add_to_report(headers, waits, flight.sent, ends_round=flight.ends_round)
+        self._flight = None
+        return self._landed(flight.sent, flight.fragment)
 
     def _add_to_report(
-        self, headers: Mapping[int, Header], waits: Mapping[int, float], flight: _Flight
+        self,
+        headers: Mapping[int, Header],
+        waits: Mapping[int, float],
+        sent: Memory,
+        *,
+        ends_round: bool,
     ) -> None:
         """Fragments' spreads add up to that of the whole; each is as its fragment was sent."""
-        spread = self._spread(headers, flight.sent)
+        spread = headers_.spread(headers, sent.square_norm()) if self.track_drift else None
         self._square_spread += (spread or 0.0) ** 2
-        if flight.ends_round:
+        if ends_round:
             whole = None if spread is None else math.sqrt(self._square_spread)
             self._landed_report = self._report(headers, waits, whole)
             self._square_spread = 0.0
@@ -347,136 +589,75 @@ class Replica:
         return self.fragments
 
     @torch.no_grad()
-    def exchange(
-        self,
-        kind: Kind,
-        levels: Sequence[Collective],
-        *,
-        ends_round: bool = False,
-        settings: object = (),
-    ) -> list[dict[int, Header]]:
-        """Exchange headers alone, level by level; return each level's, by rank. Collective.
-
-        Args:
-            kind, ends_round, settings: as for `mean_`.
-            levels: whom with, one after another.
-
-        Raises:
-            ReplicaMismatchError: if the ranks are not at the same call.
-            NonFiniteError: if a replica holds NaN or infinity.
-        """
-        self.flat.check_pointers()
-        started = clock(self.device)
-        names = [] if not self.check_finite or bool(self.flat.finite()) else self.flat.non_finite()
-        slots, travelling = self._empty_headers()
-        sent, seen = 0, []
-        for level in levels:
-            self._write_header(slots, kind, started, torch.tensor(not names), settings)
-            sent += level.sum_(travelling)
-            seen.append(headers_.read(slots, level.ranks))
-            headers_.check_in_step(seen[-1])
-        waits = _waits(seen[-1])
-        self._count(ends_round, sent, started, waits)
-        # Only now, or ranks of other groups would wait at the next level for those that raise here.
-        bad = [rank for rank, header in seen[-1].items() if not header.finite]
-        if bad:
-            texts = control.gather(levels[-1], _few(names))
-            raise NonFiniteError(_brought(bad, self.step, next(text for text in texts if text)))
-        if ends_round:
-            self.report = self._report(seen[-1], waits, self._measured(seen[-1], levels[-1]))
-        return seen
-
-    def _empty_headers(self) -> tuple[Tensor, list[Tensor]]:
-        """Slots to write to, and the tensors that carry them: what a fragment's would be."""
-        if self.fragments is None:
-            m = self.collective.world_size
-            slots = torch.zeros(m, headers_.SLOT, dtype=torch.uint8, device=self.device)
-            return slots, [slots]
-        memory = self.fragments.memory
-        for buffer in memory.buffers:
-            buffer.data.zero_()
-        return memory.slots, [buffer.data for buffer in memory.buffers]
-
-    def _measured(self, headers: dict[int, Header], level: Collective) -> float | None:
-        """The spread where no mean is at hand. Cost: a collective, where drift is tracked."""
-        if not self.track_drift:
-            return None
-        started = clock(self.device)
-        mean = self._copy(self.flat.params, len(level.ranks))
-        self._count(False, level.sum_(mean.params), started, {})
-        return self._spread(headers, mean)
-
-    @torch.no_grad()
     def fetch_(self, into: Sequence[Tensor], level: Collective, rank: int) -> None:
-        """Replace ``into``, one tensor (n,) per buffer, by the parameters of ``rank``. Collective.
-        """
+        """Replace ``into``, one tensor (n,) per buffer, by ``rank``'s parameters. Collective."""
         started = clock(self.device)
         if self.collective.rank == rank:
             for mine, x in zip(into, self.flat.params, strict=True):
                 mine.copy_(x)
         self.count_part(level.broadcast_(into, list(level.ranks).index(rank)), started)
 
-    def count_part(self, sent: int, started: float) -> None:
-        """Count bytes and seconds as a part of the synchronisation that `exchange` has begun."""
-        self._resumed = clock(self.device)
-        self.traffic.bytes += sent
-        self.traffic.exposed += self._resumed - started
+    def _empty_slots(self) -> Tensor:
+        m = self.collective.world_size
+        return torch.zeros(m, headers_.SLOT, dtype=torch.uint8, device=self.device)
 
-    def _copy(self, own: Sequence[Tensor], shares: int) -> Memory:
-        """``own`` divided by ``shares``, in the memory that means are made in."""
-        if self.fragments is not None:
-            memory = self.fragments.memory
-        else:
-            memory = self._sent = self._sent or self.flat.twin()
-        for x, sent in zip(own, memory.params, strict=True):
-            torch.div(x, shares, out=sent[: len(x)])
-            sent[len(x) :].zero_()
-        return memory
-
-    def _write_header(
+    def _header(
         self,
-        slots: Tensor,
         kind: Kind,
         now: float,
-        finite: Tensor | None,
-        settings: object = (),
-        fingerprint: int = 0,
-        own: Sequence[Tensor] | None = None,
-    ) -> None:
-        told = self.flat.params if own is None else own
-        mine = Header(
+        settings: object,
+        own: Sequence[Tensor] | None,
+        norm: float | None = None,
+        believed_equal: bool = False,
+    ) -> Header:
+        looks = self._perhaps_alike and kind is Kind.SYNC
+        if norm is None:
+            norm = square_norm(own or self.flat.params) if self.track_drift else 0.0
+        return Header(
             kind=kind,
             step=self.step,
             h=self.h,
+            identity=self._identity,
             busy=now - self._resumed,
-            square_norm=square_norm(told) if self.track_drift else 0.0,
+            square_norm=norm,
             loss=self.loss,
-            settings=zlib.crc32(repr(settings).encode()),
-            fingerprint=fingerprint,
+            settings=_checksum(settings),
+            rates=_checksum(self._rates_now()) if kind is Kind.SYNC else 0,
+            fingerprint=self.flat.fingerprint() if believed_equal or looks else 0,
+            start=self.start,
+            total=math.nan if self.check_finite or self.round >= 4 else float(self._total(own)),
         )
-        headers_.write(slots, self.collective.rank, mine, finite)
 
-    def _scan(self) -> Tensor | None:
-        return self.flat.finite() if self.check_finite else None
+    def _rates_now(self) -> list[float | None]:
+        rates = [group.get("lr") for group in self.inner.param_groups]
+        return [self.lr, *(None if rate is None else float(rate) for rate in rates)]
 
-    def _count(
-        self, ends_round: bool, sent: int, started: float, waits: Mapping[int, float]
-    ) -> None:
+    def _scan(self, own: Sequence[Tensor] | None) -> Tensor | None:
+        return self._total(own) if self.check_finite else None
+
+    def _total(self, own: Sequence[Tensor] | None) -> Tensor:
+        return self.flat.total() if own is None else total(own)
+
+    def _count(self, count: Count, sent: int, started: float, waits: Mapping[int, float]) -> None:
+        """Count a meeting, or the part of one that follows `meet`."""
         traffic, now = self.traffic, clock(self.device)
         seconds = now - started
         # What happens within a round is not busy time, and does not begin a new count of it.
-        self._resumed = now if ends_round else self._resumed + seconds
-        if ends_round:
-            traffic.syncs += 1
-            traffic.bytes += sent
-            traffic.exposed += seconds
-            traffic.count_wait(waits, self.collective.world_size)
-        else:
+        self._resumed = self._resumed + seconds if count == "other" else now
+        if count == "other":
             traffic.other_bytes += sent
             traffic.other_seconds += seconds
+            return
+        traffic.bytes += sent
+        traffic.exposed += seconds
+        if count == "round":
+            traffic.syncs += 1
+        if waits:
+            traffic.count_wait(waits, self.collective.world_size)
 
-    def _spread(self, headers: Mapping[int, Header], mean: Memory) -> float | None:
-        return headers_.spread(headers, mean.square_norm()) if self.track_drift else None
+    def count_part(self, sent: int, started: float, count: Count = "part") -> None:
+        """Count bytes and seconds that follow a `meet` which was counted as ``count``."""
+        self._count("other" if count == "other" else "part", sent, started, {})
 
     def _report(
         self, headers: Mapping[int, Header], waits: Mapping[int, float], drift: float | None
@@ -489,13 +670,12 @@ class Replica:
         )
 
     def _check_finite(
-        self, headers: Mapping[int, Header], memory: Memory, fragment: int | None = None
+        self, headers: Mapping[int, Header], memory: Memory, fragment: int | None
     ) -> None:
         """Raise `NonFiniteError` if a rank brought NaN or infinity into what ``memory`` holds."""
         bad = [rank for rank, header in headers.items() if not header.finite]
         if not bad:
             return
-        # A scan that overflows on finite values raises the flag too: only names make it an error.
         whole = fragment is None
         names = memory.non_finite() if whole else self._fragments.non_finite(fragment)
         if names:
@@ -504,7 +684,7 @@ class Replica:
     @torch.no_grad()
     def check_finite_here(self) -> None:
         """Raise `NonFiniteError` if this replica holds NaN or infinity. No collective."""
-        names = [] if bool(self.flat.finite()) else self.flat.non_finite()
+        names = [] if bool(torch.isfinite(self.flat.total())) else self.flat.non_finite()
         if names:
             raise NonFiniteError(
                 f"rank {self.collective.rank} holds NaN or infinity at step {self.step}: "
@@ -512,6 +692,17 @@ class Replica:
             )
 
     # Memory.
+
+    def _copy(self, own: Sequence[Tensor], shares: int) -> Memory:
+        """``own`` divided by ``shares``, in the memory that means are made in."""
+        if self.fragments is not None:
+            memory = self.fragments.memory
+        else:
+            memory = self._sent = self._sent or self.flat.twin()
+        for x, sent in zip(own, memory.params, strict=True):
+            torch.div(x, shares, out=sent[: len(x)])
+            sent[len(x) :].zero_()
+        return memory
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the flat buffers."""
@@ -543,6 +734,7 @@ class Replica:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self._forget_round()
+        state = {"open": state["remaining"] > 0, "start": 0, **state}  # not in version 3
         for key in _PLACE:
             setattr(self, key, state[key])
         self._rate_sum, self._loss_sum = state["rate_sum"], state["loss_sum"]
@@ -558,24 +750,41 @@ class Replica:
 
     def start_over(self) -> None:
         """Go back to step 0, as if no step had been made."""
-        self.step = self.h = self.remaining = self.round = 0
+        self.step = self.h = self.remaining = self.round = self.start = 0
+        self.open = False
         self._square_spread = 0.0
         self._forget_round()
 
 
-_PLACE = ("step", "h", "remaining", "round", "_rates", "_losses", "_square_spread")
+_PLACE = (
+    "step", "h", "open", "remaining", "start", "round", "_rates", "_losses", "_square_spread",
+)  # fmt: skip
 
 
 @dataclass
 class _Flight:
-    """A mean that was launched; ``ended`` is when it was first seen to have ended."""
+    """A mean that was launched.
 
+    Attributes:
+        told, slots: the headers that go before it.
+        pending, sent: the mean.
+        ended: when it was first seen to have ended.
+        failed: why it has not arrived.
+    """
+
+    told: Pending
+    slots: Tensor
     pending: Pending
     sent: Memory
     fragment: int | None
     ends_round: bool
     launched: float
     ended: float | None = None
+    failed: Exception | None = None
+
+
+def _checksum(settings: object) -> int:
+    return zlib.crc32(repr(settings).encode())
 
 
 def _waits(headers: Mapping[int, Header]) -> dict[int, float]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data.dataset import DESCRIPTION, DataError, Dataset
 from localopt.merge import merged
+from localopt.optimizer import PLACE, place_of
 from localopt.sync import RULES
 
 from . import checkpoint, models
@@ -160,7 +161,8 @@ def _place(folder: Path, content: Mapping[str, Any], settings: Mapping[str, Any]
             f"{folder}: saved without optimizer state (save_opt: false), in which sync "
             f"{settings['sync']} has its weights"
         )
-    return {"localopt": state["localopt"]} if "localopt" in state else {}
+    place = place_of(state)
+    return {"param_groups": [{PLACE: place}]} if place is not None else {}
 
 
 def _filled(

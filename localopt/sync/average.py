@@ -75,14 +75,14 @@ class Average(Rule):
         if self._changes is None:
             self.replica.mean_()
         else:
-            self._changes.mean_()
-            for z, x in zip(self.z.data, self.replica.flat.params, strict=True):
-                x.copy_(z.sub_(x))
+            with self._changes.mean_():
+                for z, x in zip(self.z.data, self.replica.flat.params, strict=True):
+                    x.copy_(z.sub_(x))
         self.replicas_agree = True
         self._reset_state()
 
     def finish(self) -> None:
-        ends_round = self.replica.remaining > 0
+        ends_round = self.replica.open
         if ends_round:
             self._adopt_state()
         super().finish()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ..compression import ChangeMean, Codec, codec
+from ..flat import square_norm
 from .rule import Rule, check_outer_lr, check_outer_momentum
 
 
@@ -114,19 +116,37 @@ class BlockMomentum(Rule):
         groups = self.outer_optimizer.param_groups
         told = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         settings = gamma if self.normalize_by_lr else None, told
-        if self._changes is not None:
-            self._changes.mean_(settings)
-        else:
+        with self._mean_change(settings, gamma):
+            self._outer_step(gamma)
             for z, x in zip(self.z.data, flat.params, strict=True):
-                # Δ is averaged rather than x: what no replica has changed is then exactly 0, and
-                # an adaptive outer optimizer leaves it alone.
-                torch.sub(z.to(x.dtype), x, out=x)
-            self.replica.mean_(settings=settings)
-        self._check_rate(gamma)
-        self._outer_step(gamma)
-        for z, x in zip(self.z.data, flat.params, strict=True):
-            x.copy_(z)
+                x.copy_(z)
         self.replicas_agree = True
+
+    @contextmanager
+    def _mean_change(self, settings: object, gamma: float) -> Iterator[None]:
+        """In here the parameters are the mean of Δ over the replicas."""
+        if self._changes is not None:
+            with self._changes.mean_(settings, check=lambda: self._check_rate(gamma)):
+                yield
+            return
+        replica, x = self.replica, self.replica.flat.params
+        replica.gather_buffers()
+        norm = square_norm(self._change(x)) if replica.track_drift else None
+        (headers,) = replica.meet(settings=settings, square_norm=norm)
+        self._check_rate(gamma)
+        with replica.changing():
+            self._change(x, out=x)
+            replica.sum_(headers)
+            yield
+
+    def _change(self, x: Sequence[Tensor], out: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Δ_i = z - x_i. It is averaged rather than x_i: what no replica has changed is then
+        exactly 0, and an adaptive outer optimizer leaves it alone."""
+        outs = [None] * len(x) if out is None else out
+        return [
+            torch.sub(z.to(mine.dtype), mine, out=o)
+            for z, mine, o in zip(self.z.data, x, outs, strict=True)
+        ]
 
     def _check_rate(self, gamma: float) -> None:
         if self.normalize_by_lr and not gamma > 0:
@@ -155,7 +175,7 @@ class BlockMomentum(Rule):
 
     def finish(self) -> None:
         """End an open round at x̄, without an outer step; the next goes on from there."""
-        mid_round = self.replica.remaining > 0
+        mid_round = self.replica.open
         super().finish()
         if mid_round:
             self.z.copy_(self.replica.flat.params)
@@ -235,9 +255,7 @@ def SlowMo(beta: float, lr: float = 1.0, compress: str | None = None) -> BlockMo
     return BlockMomentum(outer, normalize_by_lr=True, compress=compress)
 
 
-def DiLoCo(
-    lr: float = 0.7, momentum: float = 0.9, compress: str | None = None
-) -> BlockMomentum:
+def DiLoCo(lr: float = 0.7, momentum: float = 0.9, compress: str | None = None) -> BlockMomentum:
     """DiLoCo: `BlockMomentum` with SGD and Nesterov momentum; made for AdamW inside.
 
     Args:

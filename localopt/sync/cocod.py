@@ -35,12 +35,13 @@ class CoCoDSGD(Rule):
     @torch.no_grad()
     def end_round(self) -> None:
         self.land()
-        if self._corrects:
-            for x, s in zip(self.replica.flat.params, self.s.data, strict=True):
-                x.add_(s)
-        self._corrects = False
-        self.s.copy_(self.replica.flat.params)
-        self.replica.launch()
+        with self.replica.changing():
+            if self._corrects:
+                for x, s in zip(self.replica.flat.params, self.s.data, strict=True):
+                    x.add_(s)
+            self._corrects = False
+            self.s.copy_(self.replica.flat.params)
+            self.replica.launch()
         self.replicas_agree = False
 
     @torch.no_grad()

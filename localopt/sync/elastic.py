@@ -68,7 +68,8 @@ class EASGD(Rule):
         _check_strengths(self.a, self.b)
         super().attach(replica)
         self._overlaps = not self.pull if self.overlap is None else self.overlap
-        replica.use_own_group()
+        if self._overlaps:
+            replica.use_own_group()
         self.z = self.anchor("z")
 
     @torch.no_grad()
@@ -105,7 +106,7 @@ class EASGD(Rule):
     @torch.no_grad()
     def finish(self) -> None:
         self.land()
-        self.replica.mean_(Kind.FINISH, ends_round=self.replica.remaining > 0)
+        self.replica.mean_(Kind.FINISH, ends_round=self.replica.open)
         self._take_centre()
         self.replicas_agree = True
 

@@ -46,7 +46,7 @@ class HierarchicalAverage(Rule):
         everyone = replica.collective
         inside, peers = everyone.split(self.group_size)
         super().attach(replica)
-        replica.levels = [inside, Across(inside, peers, everyone.ranks)]
+        replica.levels = [inside, Across(inside, peers, everyone)]
 
     def end_round(self) -> None:
         meets_all = (self.replica.round + 1) % self.global_every == 0

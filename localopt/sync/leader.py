@@ -99,8 +99,9 @@ class LSGD(Rule):
     def end_round(self) -> None:
         meets_all = bool(self.global_every) and (self.replica.round + 1) % self.global_every == 0
         levels = [self._group, self._all] if meets_all else [self._group]
-        seen = self.replica.exchange(Kind.SYNC, levels, ends_round=True)
+        seen = self.replica.meet(Kind.SYNC, levels)
         self._check_leaders(seen[-1])
+        self.replica.measure_spread(seen[-1], levels[-1])
         self._follow(self.leader, self._group, leading(seen[0]), self.c)
         if meets_all and self.global_leader is not None:
             self._follow(self.global_leader, self._all, leading(seen[1]), self.c_global)
@@ -113,20 +114,9 @@ class LSGD(Rule):
             leading({rank: headers[rank] for rank in range(first, first + size)})
 
     def _follow(self, leader: Vector, level: Collective, rank: int, strength: float) -> None:
-        self.replica.fetch_(leader.data, level, rank)
+        with self.replica.changing(parameters=False):
+            self.replica.fetch_(leader.data, level, rank)
         pull_(self.replica.flat.params, leader.data, strength)
-
-    def enter_consensus(self) -> None:
-        self._meet(Kind.CONSENSUS)
-        super().enter_consensus()
-
-    def finish(self) -> None:
-        self._meet(Kind.FINISH)
-        super().finish()
-
-    def _meet(self, kind: Kind) -> None:
-        # A full-size collective would not meet the small one of a rank that is elsewhere.
-        self.replica.exchange(kind, [self._group, self._all] if self.group_size else [self._all])
 
 
 def leading(headers: Mapping[int, Header]) -> int:

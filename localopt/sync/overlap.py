@@ -63,16 +63,18 @@ class OverlapLocalSGD(Rule):
     @torch.no_grad()
     def end_round(self) -> None:
         self.land()
-        self._gamma = self.replica.lr if self.normalize_by_lr else 1.0
-        pull_(self.replica.flat.params, self.z.data, self.alpha)
-        self.replica.launch(settings=self._gamma)
-        self.replicas_agree = False
-        if not self._gamma > 0:
-            self.replica.drop()  # it has arrived everywhere before this process ends
+        gamma = self.replica.lr if self.normalize_by_lr else 1.0
+        if not gamma > 0:
+            self.replica.meet(settings=gamma)  # nobody waits for this rank when it has gone
             raise ValueError(
                 f"the mean learning rate of the round that ended at step {self.replica.step} is "
-                f"{self._gamma}, and normalize_by_lr divides by it: keep the rate above zero"
+                f"{gamma}, and normalize_by_lr divides by it: keep the rate above zero"
             )
+        self._gamma = gamma
+        with self.replica.changing():
+            pull_(self.replica.flat.params, self.z.data, self.alpha)
+            self.replica.launch(settings=gamma)
+        self.replicas_agree = False
 
     @torch.no_grad()
     def land(self) -> None:

@@ -107,13 +107,8 @@ class Rule(ABC):
         """Make all replicas equal to the consensus, with no collective left in flight."""
         self.land()
         replica = self.replica
-        believed = self.replicas_agree and not replica.remaining
-        saved = replica.snapshot() if believed else None
-        ends_round = replica.remaining > 0
-        equal = replica.mean_(Kind.FINISH, ends_round=ends_round, believed_equal=believed)
-        if saved is not None and equal:
-            # The mean of m equal numbers is not always that number, to the last bit.
-            replica.restore(saved)
+        believed = self.replicas_agree and not replica.open
+        replica.mean_(Kind.FINISH, ends_round=replica.open, believed_equal=believed)
         self.replicas_agree = True
 
     @torch.no_grad()

@@ -64,34 +64,41 @@ class Streaming(Rule):
 
     def attach(self, replica: Any) -> None:
         super().attach(replica)
-        replica.use_own_group()
+        if self.overlap:
+            replica.use_own_group()
         replica.use_fragments(self.fragments)
         self.z = self.anchor("z")
         self.v = self.momentum("v") if self.outer_momentum else None
+        self._sent = 0  # fragments of this round
         self._flying = 0  # the fragment that was launched last
         self._moved: int | None = None  # whose z has moved, but x not yet
 
     def after_step(self) -> None:
-        if self.replica.remaining > 1:
+        if self.replica.remaining:
             self._meet()
 
     def end_round(self) -> None:
         self._meet()
+        self._sent = 0
         self.replicas_agree = self.fragments == 1 and not self.overlap and self.alpha == 1
 
     def _meet(self) -> None:
         """Send the fragments that are due after this step."""
         replica, number = self.replica, self.fragments
-        done = replica.h - replica.remaining + 1
-        for k in range((done - 1) * number // replica.h, done * number // replica.h):
+        done = replica.h - replica.remaining
+        for k in range(self._sent, done * number // replica.h):
             self.land()
             self._pull()
-            self._flying, ends = k, k == number - 1
+            ends = k == number - 1
             if self.overlap:
                 replica.launch(fragment=k, ends_round=ends)
+                self._flying = k
             else:
-                self._move(replica.mean(fragment=k, ends_round=ends))
+                mean = replica.mean(fragment=k, ends_round=ends)
+                self._flying = k
+                self._move(mean)
                 self._pull()
+            self._sent = k + 1
 
     def land(self) -> None:
         mean = self.replica.land()
@@ -126,18 +133,21 @@ class Streaming(Rule):
     def finish(self) -> None:
         """Make the replicas equal to their mean; the anchor goes on from there."""
         super().finish()
-        self._moved = None
+        self._moved, self._sent = None, 0
         if not self.z.equals(self.replica.flat.params):
             self.z.copy_(self.replica.flat.params)
 
     def start_over(self) -> None:
         super().start_over()
-        self._moved = None
+        self._moved, self._sent = None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "moved": self._moved}
+        return {**super().state_dict(), "moved": self._moved, "sent": self._sent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         # Replicas that agree, as those of a merged state do, are where z is.
         self._moved = None if state["replicas_agree"] else state["moved"]
+        replica = self.replica
+        done = (replica.h - replica.remaining) * self.fragments // max(1, replica.h)
+        self._sent = state.get("sent", done if replica.open else 0)  # not in version 3

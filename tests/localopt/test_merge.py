@@ -14,6 +14,7 @@ from torch import nn
 
 from localopt import EASGD, Average, Constant, DiLoCo, LocalOptimizer, OverlapLocalSGD, Rule
 from localopt.merge import merged
+from localopt.optimizer import place_of
 from tests.support import oracle
 from tests.support.contract import (
     LRS,
@@ -86,7 +87,7 @@ def train_on(rank: int, m: int, name: str, states: dict[tuple, bytes]) -> int:
         optimizer = local_optimizer(name, index, inner, model, Constant(H))
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
-        place = state["localopt"]["replica"]
+        place = place_of(state)["replica"]
         assert optimizer.synced and (optimizer.round, place["step"]) == (step // H, step)
         assert optimizer.report is None and optimizer.traffic.wait == []
         every = [t.double().reshape(-1) for t in everything(optimizer, model)]
@@ -148,8 +149,8 @@ def go_on(rank: int, m: int, name: str) -> float:
         weights, state = merged(map(unpacked, files))
         again.load_state_dict(weights)
         resumed.load_state_dict(state)
-        vectors = optimizer.state_dict()["localopt"]["sync"]["vectors"]
-        anchors = [vectors[anchor] for anchor in state["localopt"]["sync"]["anchors"]]
+        vectors = place_of(optimizer.state_dict())["sync"]["vectors"]
+        anchors = [vectors[anchor] for anchor in place_of(state)["sync"]["anchors"]]
         restarts = all(torch.equal(v[n], p) for v in anchors for n, p in model.named_parameters())
         for step in range(steps, steps + LATER if restarts else steps):
             local_step(optimizer, model, problem, rank, step)
@@ -199,7 +200,7 @@ def by_hand(
         model.mean += rank
         model.count += 5 + rank
         weights, state = unpacked(states_of(model, optimizer))
-        state["localopt"] |= {"rank": rank, "world_size": ranks}
+        state["param_groups"][0]["localopt"] |= {"rank": rank, "world_size": ranks}
         states.append((weights, state))
     return states
 
@@ -239,14 +240,14 @@ def test_what_is_averaged_and_what_is_not() -> None:
 def test_a_centre_is_found_under_a_tied_name_and_keeps_its_width() -> None:
     """Loaded last, the mean under the second name would replace the centre."""
     states = by_hand(2, lambda: EASGD(alpha=0.3, beta=0.4, pull=0.2), torch.bfloat16)
-    centre = states[0][1]["localopt"]["sync"]["vectors"]["z"]
+    centre = place_of(states[0][1])["sync"]["vectors"]["z"]
     for _, state in states:
-        state["localopt"]["sync"]["vectors"]["z"] = centre  # as after a collective
+        place_of(state)["sync"]["vectors"]["z"] = centre  # as after a collective
     weights, state = merged(states)
     assert not torch.equal(weights["unused"], states[1][0]["unused"])
     for name, z in centre.items():
         assert z.dtype == torch.float32 and torch.equal(weights[name], z.bfloat16()), name
-        assert torch.equal(state["localopt"]["sync"]["vectors"]["z"][name], z), name
+        assert torch.equal(place_of(state)["sync"]["vectors"]["z"][name], z), name
     assert torch.equal(weights["tied.weight"], weights["first.weight"])
 
 
@@ -254,7 +255,7 @@ def test_a_centre_is_found_under_a_tied_name_and_keeps_its_width() -> None:
 def test_anchors_start_again_at_the_consensus(rule: type[Rule]) -> None:
     """In the open round they are where the last one ended."""
     weights, state = merged(by_hand(2, rule))
-    for name, z in state["localopt"]["sync"]["vectors"]["z"].items():
+    for name, z in place_of(state)["sync"]["vectors"]["z"].items():
         assert torch.equal(z, weights[name]), name
 
 
@@ -297,7 +298,7 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
     wider = {**two[1][0], "unused": torch.ones(6)}
     refused([two[0], (wider, two[1][1])], "unused has shape")
     old = copy.deepcopy(two)
-    old[1][1]["localopt"]["version"] = 1
+    place_of(old[1][1])["version"] = 1
     refused(old, "another version")
 
 

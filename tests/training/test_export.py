@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from localopt import EASGD, Average, Constant, LocalOptimizer, Rule
+from localopt.optimizer import place_of
 from training import checkpoint, models
 from training.export import main
 from training.methods import Ema
@@ -62,7 +63,7 @@ def trained(settings: dict[str, Any], rank: int, rule: Rule) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     state = optimizer.state_dict()
-    state["localopt"] |= {"rank": rank, "world_size": RANKS}
+    state["param_groups"][0]["localopt"] |= {"rank": rank, "world_size": RANKS}
     content: dict[str, Any] = {
         "place": {"step": STEP, "rank": rank, "world_size": RANKS},
         "model": model.state_dict(),
@@ -186,10 +187,10 @@ def test_the_centre_is_exported_not_the_mean(
     """What EASGD evaluates; without optimizer state it is not there."""
     out = tmp_path / "weights.pt"
     folder = checkpoint_of(tmp_path / "whole", EASGD, sync="easgd")
-    centre = contents_of(folder)[0]["optimizer"]["localopt"]["sync"]["vectors"]["z"]
+    centre = place_of(contents_of(folder)[0]["optimizer"])["sync"]["vectors"]["z"]
     exported(capsys, folder, "--out", out)
     weights, means = torch.load(out), mean(folder)
-    other = [content["optimizer"]["localopt"]["sync"]["vectors"]["z"]
+    other = [place_of(content["optimizer"])["sync"]["vectors"]["z"]
              for content in contents_of(folder)][1]  # fmt: skip
     assert not torch.equal(weights["linear_head.bias"], means["linear_head.bias"])
     for name, z in centre.items():
@@ -247,6 +248,6 @@ def test_what_cannot_be_exported_is_one_line(
 
     other = saved(tmp_path / "other", config(resolution=32, model="resnet18"), contents)
     assert "weights of another resnet18" in refused(capsys, out, other)
-    contents[1]["optimizer"]["localopt"]["rule"] = "EASGD"
+    place_of(contents[1]["optimizer"])["rule"] = "EASGD"
     mixed = saved(tmp_path / "mixed", settings, contents)
     assert "rule is 'EASGD', on rank 0 'Average'" in refused(capsys, out, mixed)

@@ -1,0 +1,42 @@
+"""Whether gradients are averaged by somebody else: then replicas never part."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def averaged_elsewhere(params: Iterable[nn.Parameter], losses: Sequence[float]) -> str | None:
+    """Who averages the gradients, for people; None if nobody is known to do so.
+
+    For replicas that are equal bit for bit after a round of several steps. Their data may be equal
+    as well, so that alone says nothing.
+
+    Args:
+        params: the optimizer's parameters, with the gradients of the last step.
+        losses: by rank, mean training loss of the round; NaN where none was recorded.
+    """
+    owned = list(params)
+    gradients = [p.grad for p in owned if p.grad is not None]
+    if gradients and not any(bool(g.any()) for g in gradients):
+        return None
+    if _wrapped({id(p) for p in owned}):
+        return "DistributedDataParallel, in which the model is wrapped,"
+    if not any(math.isnan(loss) for loss in losses) and len(set(losses)) > 1:
+        return "something outside localopt"
+    return None
+
+
+def _wrapped(owned: set[int]) -> bool:
+    """Whether a DistributedDataParallel has one of the parameters: it may wrap the model later
+    than the optimizer is built, or where nobody told the optimizer its model."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DistributedDataParallel) and any(
+            id(p) in owned for p in thing.parameters()
+        ):
+            return True
+    return False
