@@ -160,9 +160,28 @@ class QSR(PowerRule):
 class PostLocal(Period):
     """H = 1 until ``switch_step``, then H = h (post-local SGD).
 
-    With H = 1 and plain or momentum SGD the first phase is data-parallel SGD. With an adaptive
-    inner optimizer it is not, because second moments stay local: all-reduce the gradients in
-    that phase to get the published method.
+    With momentum SGD the first phase is data-parallel SGD, but each replica has a momentum of its
+    own, from its own gradients, and goes on with it after the switch. So it is in the authors'
+    code. In torch's ``PostLocalSGDOptimizer`` with ``post_localSGD_hook`` it is not: gradients are
+    averaged until the switch, and all replicas begin the second phase with one common momentum.
+    To have that, average the gradients in the first phase::
+
+        optimizer = LocalSGD(
+            model.parameters(), lr, period=PostLocal(switch_step, h), momentum=0.9, model=model
+        )
+        for step, batch in enumerate(batches):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            if step < switch_step:
+                for p in model.parameters():
+                    if p.grad is not None:
+                        dist.all_reduce(p.grad, op=dist.ReduceOp.SUM)
+                        p.grad /= dist.get_world_size()
+            optimizer.step()
+
+    All replicas then have equal weights and equal optimizer state at the switch. The first phase
+    sends twice as much. With AdamW do the same: without it the first phase is not data-parallel
+    AdamW, because second moments are not linear in the gradients.
 
     Args:
         switch_step: local steps before the rounds lengthen.
@@ -191,8 +210,10 @@ class PostLocal(Period):
 class SWAP(Period):
     """H = 1 until ``switch_step``, then one round to the end of the run.
 
-    Needs ``total_steps``. As for `PostLocal`, the first phase is data-parallel training only
-    where the inner optimizer is linear in the gradient.
+    Needs ``total_steps``. As published, the first phase trains one model on averaged gradients.
+    Here each replica has a momentum of its own, and goes on with it after the switch. To begin
+    the last round with one common momentum, average the gradients in the first phase: the loop is
+    in `PostLocal`. With AdamW only that makes the first phase data-parallel.
 
     Args:
         switch_step: local steps before the last round.
