@@ -130,11 +130,6 @@ class Collective:
         self.ranks = range(self.world_size)
 
     @property
-    def everyone(self) -> Collective:
-        """All that take part in a mean here."""
-        return self
-
-    @property
     def key(self) -> dist.ProcessGroup | None:
         """The group itself, also where it is the default one; None with one rank."""
         return None if self.world_size == 1 else self.group or dist.group.WORLD
@@ -314,12 +309,11 @@ class Across:
     Args:
         inside: this rank's group.
         peers: those that have this rank's place in the other groups.
-        everyone: all of them.
+        ranks: all ranks.
     """
 
-    def __init__(self, inside: Collective, peers: Collective, everyone: Collective) -> None:
-        self.inside, self.peers, self.everyone = inside, peers, everyone
-        self.ranks = everyone.ranks
+    def __init__(self, inside: Collective, peers: Collective, ranks: Sequence[int]) -> None:
+        self.inside, self.peers, self.ranks = inside, peers, ranks
 
     def mean_(self, wholes: Sequence[Tensor], averaged: Sequence[Tensor]) -> int:
         """As `Collective.mean_`, over the groups."""

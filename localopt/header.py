@@ -161,6 +161,11 @@ def check_in_step(headers: Mapping[int, Header], name: Callable[[int], str]) -> 
             f"at step {step} the learning rates of {_versus(odd)} differ: all ranks must use the "
             "same schedule, and step it as often"
         )
+
+
+def check_start(headers: Mapping[int, Header]) -> None:
+    """Raise `ReplicaMismatchError` unless all started the round with the same weights."""
+    step = next(iter(headers.values())).step
     if odd := _parted(headers, lambda header: header.start):
         raise ReplicaMismatchError(
             f"the weights of {_versus(odd)} differed at the start of the round that ends at step "

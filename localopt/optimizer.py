@@ -269,7 +269,7 @@ class LocalOptimizer(Optimizer):
         own, buffers = replica.flat, replica.buffers.snapshot()
         try:
             problem = self._problem_with(param_group)
-            replica.meet(Kind.ADD_GROUP, replica.levels, count="other")
+            replica.meet(Kind.ADD_GROUP, count="other")
             control.agree(
                 self._collective, [f"a group that is {problem or 'fit'}"], control.TIMEOUT
             )

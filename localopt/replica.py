@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import time
+import warnings
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +73,7 @@ class Replica:
         flat: the parameters' memory.
         collective: rank, world size, and the collectives.
         levels: the sums that one after another make the sum over all replicas.
+        meets: whom with headers are exchanged before, one after another.
         fragments: of the parameters, where they are sent one at a time.
         inner: the optimizer that makes the local steps.
         step: local steps finished.
@@ -101,6 +103,7 @@ class Replica:
         self.flat, self.collective, self.buffers, self.inner = flat, collective, buffers, inner
         self.check_finite, self.track_drift = check_finite, track_drift
         self.levels: Sequence[Collective | Across] = [collective]
+        self.meets: Sequence[Collective] = [collective]
         self.fragments: Fragments | None = None
         self.step = self.h = self.remaining = self.round = self.start = 0
         self.open = False
@@ -132,7 +135,7 @@ class Replica:
         everyone = range(self.collective.world_size)
         self._flights = self.collective.subgroup(everyone)
         self.collective = self.collective.shared("behind training", everyone)
-        self.levels = [self.collective]
+        self.levels = self.meets = [self.collective]
 
     def use_fragments(self, number: int) -> None:
         """Send the parameters in so many fragments, one at a time, from now on."""
@@ -228,7 +231,7 @@ class Replica:
     def meet(
         self,
         kind: Kind = Kind.SYNC,
-        levels: Sequence[Collective | Across] | None = None,
+        levels: Sequence[Collective] | None = None,
         *,
         count: Count = "round",
         settings: object = (),
@@ -243,7 +246,7 @@ class Replica:
 
         Args:
             kind: why.
-            levels: whom with, one after another; None for all the replicas at once.
+            levels: whom with, one after another; None for all `meets`.
             count: how it is counted.
             settings: what the rule goes by, to be the same on all ranks.
             own: what it is about, tensors (n,); None for all that is averaged.
@@ -259,7 +262,7 @@ class Replica:
         started = clock(self.device)
         mine = self._header(kind, started, settings, own, square_norm, believed_equal)
         scan = self._scan(own)
-        met = [self.collective] if levels is None else [level.everyone for level in levels]
+        met = self.meets if levels is None else levels
         sent, seen = 0, []
         for level in met:
             headers_.write(self._slots, self.collective.rank, mine, scan)
@@ -271,6 +274,7 @@ class Replica:
         self._compare(seen[-1])
         # Only now, or ranks of other groups would wait at the next level for those that raise here.
         self._refuse_non_finite(seen[-1], met[-1])
+        headers_.check_start(seen[-1])
         if count == "round":
             self.report = self._report(seen[-1], waits, None)
         return seen
@@ -352,8 +356,8 @@ class Replica:
 
     def check_equal(self) -> None:
         """Raise `ReplicaMismatchError` unless all replicas hold the same parameters. Collective."""
-        (*_, headers) = self.meet(Kind.CONSENSUS, self.levels, count="other", believed_equal=True)
-        if (found := {h.fingerprint for h in headers.values()}) and len(found) > 1:
+        (*_, headers) = self.meet(Kind.CONSENSUS, count="other", believed_equal=True)
+        if len({h.fingerprint for h in headers.values()}) > 1:
             raise ReplicaMismatchError(
                 f"the replicas hold different weights at step {self.step}, where all should be "
                 "equal: some rank has changed its own since the last round, as by loading a "
@@ -391,10 +395,17 @@ class Replica:
             NonFiniteError: if a replica brought NaN or infinity.
         """
         count: Count = "round" if ends_round else "other"
-        sums = self.levels[:levels]
+        sums, met = self.levels[:levels], self.meets[:levels]
         self.gather_buffers(sums[-1])
-        seen = self.meet(kind, sums, count=count, settings=settings, believed_equal=believed_equal)
+        seen = self.meet(kind, met, count=count, settings=settings, believed_equal=believed_equal)
         equal = believed_equal and len({h.fingerprint for h in seen[-1].values()}) == 1
+        if believed_equal and not equal:
+            warnings.warn(
+                f"rank {self.collective.rank}: the replicas held different weights at step "
+                f"{self.step}, where all should be equal, and are made equal: some rank has "
+                "changed its own since the last round, as by loading a checkpoint",
+                stacklevel=2,
+            )
         if not equal or self.buffers.travel:
             # The mean of m equal numbers is not always that number, to the last bit.
             saved = self.snapshot() if equal else None

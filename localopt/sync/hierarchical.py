@@ -46,7 +46,9 @@ class HierarchicalAverage(Rule):
         everyone = replica.collective
         inside, peers = everyone.split(self.group_size)
         super().attach(replica)
-        replica.levels = [inside, Across(inside, peers, everyone)]
+        replica.levels = [inside, Across(inside, peers, everyone.ranks)]
+        one_group = self.group_size == everyone.world_size
+        replica.meets = [inside] if one_group else [inside, everyone]
 
     def end_round(self) -> None:
         meets_all = (self.replica.round + 1) % self.global_every == 0

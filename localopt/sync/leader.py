@@ -80,6 +80,7 @@ class LSGD(Rule):
         self._group = self._all
         if self.group_size is not None:
             self._group, _ = self._all.split(self.group_size)
+            replica.meets = [self._group, self._all]
         super().attach(replica)
         # A leader is sent as it is, in the parameters' own type.
         self.leader = self.anchor("leader", wide=False)

@@ -150,4 +150,5 @@ class Streaming(Rule):
         self._moved = None if state["replicas_agree"] else state["moved"]
         replica = self.replica
         done = (replica.h - replica.remaining) * self.fragments // max(1, replica.h)
-        self._sent = state.get("sent", done if replica.open else 0)  # not in version 3
+        sent = state.get("sent", done)  # not in version 3
+        self._sent = sent if replica.open else 0

@@ -235,8 +235,8 @@ WITH_GROUPS = {
     ("name", "m"), [*((name, 2) for name in sorted(RULES)), *((n, 4) for n in sorted(WITH_GROUPS))]
 )
 def test_no_collective_inside_a_round(name: str, m: int) -> None:
-    """No collective but at a round's end: one per type and synchronisation, and for consensus()
-    where replicas differ, unless the rule's case says otherwise."""
+    """No collective but at a round's end: headers and then one per type, and for consensus() where
+    replicas differ, unless the rule's case says otherwise."""
     dtypes = 2
     problem = oracle.Quadratics.make(m, SIZE)
 
@@ -255,5 +255,8 @@ def test_no_collective_inside_a_round(name: str, m: int) -> None:
                 "step": [number(n) for sync in syncs for n in (*launches.steps, sync)],
                 "mid": [consensus] * 8,
                 "boundary": [number(launches.agreeing) if a else consensus for a in agree],
-                "finish": [number(launches.finish)] * 2,
+                "finish": [
+                    number(launches.agreeing if agree[-1] else launches.finish),
+                    number(launches.finish),
+                ],
             }, (index, inner)

@@ -14,7 +14,7 @@ from torch import nn
 
 from localopt import EASGD, Average, Constant, DiLoCo, LocalOptimizer, OverlapLocalSGD, Rule
 from localopt.merge import merged
-from localopt.optimizer import place_of
+from localopt.optimizer import PLACE, place_of
 from tests.support import oracle
 from tests.support.contract import (
     LRS,
@@ -227,7 +227,11 @@ def test_what_is_averaged_and_what_is_not() -> None:
     assert state["state"][bias]["step"] == 3
     alone = given[1][1]["state"][unused]["exp_avg"]
     assert torch.equal(state["state"][unused]["exp_avg"], alone), "only one stepped"
-    assert state["param_groups"] == given[0][1]["param_groups"]
+    groups = state["param_groups"], given[0][1]["param_groups"]
+    place, before = (group.pop(PLACE) for (group,) in groups)
+    assert groups[0] == groups[1], "rank 0's"
+    assert (place["rank"], before["rank"]) == (None, 0), "anybody's"
+    state["param_groups"][0][PLACE] = place
     model = Small()
     optimizer = LocalOptimizer(
         torch.optim.AdamW(model.parameters()), Constant(2), Average(), model=model
@@ -292,7 +296,8 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
     refused([two[0], by_hand(2, steps=4)[1]], "rank 1 is at step 4, rank 0 at 3")
     refused([two[0], by_hand(2, DiLoCo)[1]], "rule is 'BlockMomentum', on rank 0 'Average'")
     refused([*two, by_hand(3)[2]], "world_size is 3, on rank 0 2")
-    plain = {key: two[1][1][key] for key in ("state", "param_groups")}
+    groups = [{k: v for k, v in g.items() if k != PLACE} for g in two[1][1]["param_groups"]]
+    plain = {"state": two[1][1]["state"], "param_groups": groups}
     refused([two[0], (two[1][0], plain)], "no LocalOptimizer's")
     refused([two[0], ({}, two[1][1])], "different models")
     wider = {**two[1][0], "unused": torch.ones(6)}

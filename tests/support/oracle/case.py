@@ -16,21 +16,21 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Launches:
-    """How many collectives a rule launches: each is (in any case, for each parameter dtype).
+    """How many collectives a rule launches: each is (headers, for each parameter dtype).
 
     Args:
         syncs: by the ends of successive rounds; these repeat.
         steps: by the first two steps of a round of three.
         consensus: by consensus(), where replicas differ.
-        agreeing: by consensus() where they agree, between rounds.
-        finish: by finish().
+        agreeing: by consensus() and finish() where they agree, between rounds.
+        finish: by finish() elsewhere.
     """
 
-    syncs: Sequence[tuple[int, int]] = ((0, 1),)
+    syncs: Sequence[tuple[int, int]] = ((1, 1),)
     steps: Sequence[tuple[int, int]] = ((0, 0), (0, 0))
-    consensus: tuple[int, int] = (0, 1)
-    agreeing: tuple[int, int] = (0, 0)
-    finish: tuple[int, int] = (0, 1)
+    consensus: tuple[int, int] = (1, 1)
+    agreeing: tuple[int, int] = (1, 0)
+    finish: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,17 @@ class Hierarchical(GroupedOracle):
 
 
 def two_levels(group_size: Callable[[int], int], every: int) -> Callable[[int], Launches]:
-    """A sum in the group; a shard's among the groups, and each member's shard to the others."""
+    """A sum in the group; a shard's among the groups, and each member's shard to the others;
+    headers in the group, then among all."""
 
     def launches(m: int) -> Launches:
         size = group_size(m)
         inside = int(size > 1)
         across = 1 + inside * size if m > size else 0
-        both = (0, inside + across)
-        return Launches((*[(0, inside)] * (every - 1), both), consensus=both, finish=both)
+        headers = inside + int(m > size)
+        both = (headers, inside + across)
+        syncs = (*[(inside, inside)] * (every - 1), both)
+        return Launches(syncs, consensus=both, agreeing=(headers, 0), finish=both)
 
     return launches
 

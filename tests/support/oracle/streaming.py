@@ -66,10 +66,8 @@ class Streaming(RuleOracle):
 
 
 def streamed(first: int, second: int, last: int) -> Launches:
-    """Fragments by the steps of a round of three; finish() and consensus() exchange headers first,
-    in collectives as large as a fragment's."""
-    headers = (0, 2)
-    return Launches(((0, last),), ((0, first), (0, second)), headers, headers, headers)
+    """Fragments by the steps of a round of three."""
+    return Launches(((last, last),), ((first, first), (second, second)))
 
 
 CASES = {
@@ -103,7 +101,6 @@ CASES = {
             Streaming,
             {"fragments": 1, "outer_lr": 0.7, "outer_momentum": 0.6},
             ["SGD"],
-            launches=Launches(consensus=(0, 2), finish=(0, 2)),
         ),
     ]
 }
