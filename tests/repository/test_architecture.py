@@ -103,6 +103,15 @@ def test_who_knows_whom(package: str) -> None:
     assert offences(files(package), *strangers) == []
 
 
+def test_nobody_imports_the_integrations() -> None:
+    """Who imports the library does not import what it works with."""
+    folder = ROOT / "localopt/integrations"
+    inside, outside = files("localopt/integrations"), files("localopt")
+    outside = [path for path in outside if folder not in path.parents]
+    assert len(inside) > 1 and outside
+    assert offences(outside, "localopt.integrations", "torch.distributed.checkpoint") == []
+
+
 def test_from_scratch_is_from_scratch() -> None:
     """Processes and pipes alone, but for the two that are there for comparison."""
     paths = files("from_scratch")
