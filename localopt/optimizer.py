@@ -140,6 +140,7 @@ class LocalOptimizer(Optimizer):
         _check_modes(inner, self.sync, self._collective)
         self._busy, self._caller = threading.RLock(), ""
         self._told: set[str] = set()
+        self._looks = 3
         self._model, self._policy = model, buffers
         self._options = {"check_finite": check_finite, "track_drift": track_drift}
         self._in_consensus = False
@@ -395,7 +396,7 @@ class LocalOptimizer(Optimizer):
             replica.count_step()
             replica.poll()
             self.sync.after_step()
-        if replica.remaining:
+        if replica.remaining > 0:
             return False
         self._end_round()
         return True
@@ -404,7 +405,8 @@ class LocalOptimizer(Optimizer):
         replica = self._replica
         self.sync.end_round()
         replica.end_round()
-        if replica.alike:
+        if replica.alike and self._looks:
+            self._looks -= 1  # it costs tens of milliseconds
             self._look_elsewhere()
 
     def _look_elsewhere(self) -> None:

@@ -79,7 +79,7 @@ def soak(rank: int, world_size: int, rule: str, rounds: int) -> tuple[Holdings, 
     with Watch(Collective(), beat=0.2, signals=()) as watch:
         for step in range(2 * rounds):
             assert watch.begin(step)
-            loss = model(torch.ones(4, 8)).square().mean()
+            loss = model(torch.full((4, 8), 1.0 + rank)).square().mean()
             loss.backward()
             optimizer.record_loss(loss.detach())
             optimizer.step()

@@ -188,9 +188,13 @@ def test_matplotlib_appears_in_one_module() -> None:
     assert offences([p for p in paths if home not in p.parents], "training.report") == []
 
 
-def test_localopt_does_not_read_the_environment() -> None:
-    for path in files("localopt"):
-        assert not {"environ", "environb", "getenv"} & set(named(path)), path.relative_to(ROOT)
+def test_one_file_of_localopt_reads_the_environment() -> None:
+    reading = {
+        path.name
+        for path in files("localopt")
+        if {"environ", "environb", "getenv"} & set(named(path))
+    }
+    assert reading == {"environment.py"}
 
 
 BLOCKER = """
