@@ -43,10 +43,15 @@ def place_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
 def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call``, refused while another thread is in one of these."""
 
+    name = call.__name__
+
     @functools.wraps(call)
     def guarded(self: LocalOptimizer, *args: Any, **kwargs: Any) -> Any:
-        with self._only(call.__name__):
+        self._enter(name)
+        try:
             return call(self, *args, **kwargs)
+        finally:
+            self._busy.release()
 
     return guarded
 
@@ -192,20 +197,14 @@ class LocalOptimizer(Optimizer):
         numbers = sum(p.numel() for _, p in named)
         return f"{type(self).__name__} of {numbers} parameters, the first of them {named[0][0]}"
 
-    @contextmanager
-    def _only(self, call: str) -> Iterator[None]:
-        """In here no other thread may be."""
+    def _enter(self, call: str) -> None:
+        """Until ``_busy`` is released no other thread may be in here."""
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(
                 f"{call}() on rank {self._collective.rank}, while another thread is in "
                 f"{self._caller}(): call it from the thread that trains, between steps"
             )
-        before, self._caller = self._caller, call
-        try:
-            yield
-        finally:
-            self._caller = before
-            self._busy.release()
+        self._caller = call
 
     def _warn_once(self, about: str, text: str) -> None:
         if about not in self._told:
@@ -356,10 +355,12 @@ class LocalOptimizer(Optimizer):
         Raises:
             SyncError: when a round ends on replicas that do not fit; see `average`.
         """
-        self._refuse("step()")
-        if self._replica.open and not self._replica.remaining:
-            self._end_round()  # which had failed
-        if not self._replica.open:
+        replica = self._replica
+        if replica.lost is not None or self._in_consensus:
+            self._refuse("step()")
+        if not replica.remaining:
+            if replica.open:
+                self._end_round()  # which had failed
             self._begin_round()
         lr = self.inner.param_groups[0].get("lr", math.nan)
         loss = self._inner_step(closure)
@@ -367,7 +368,7 @@ class LocalOptimizer(Optimizer):
         if _is_number(loss) and not self._replica.has_loss:
             self.record_loss(loss)
         if self.auto:
-            self.average()
+            self._average()
         return loss
 
     @_one_at_a_time
@@ -388,9 +389,12 @@ class LocalOptimizer(Optimizer):
             SyncError: if another rank has gone.
         """
         self._refuse("average()")
+        if not self._replica.open:
+            self._begin_round(stepped=True)  # by the inner optimizer, behind this one's back
+        return self._average()
+
+    def _average(self) -> bool:
         replica = self._replica
-        if not replica.open:
-            self._begin_round()
         if replica.remaining:
             self._check_loss()
             replica.count_step()
@@ -434,7 +438,7 @@ class LocalOptimizer(Optimizer):
                 "step(closure), or optimizer.record_loss(loss) before step()"
             )
 
-    def _begin_round(self) -> None:
+    def _begin_round(self, *, stepped: bool = False) -> None:
         replica = self._replica
         replica.flat.check_pointers()
         self._check_model()
@@ -443,8 +447,9 @@ class LocalOptimizer(Optimizer):
         h = self.period(replica.step, float(self.inner.param_groups[0].get("lr", math.nan)))
         if not isinstance(h, int) or not 1 <= h < 2**63:
             raise ValueError(f"period gave H = {h!r} at step {replica.step}: not a positive int")
-        modes = hasattr(self.inner, "eval")  # which may change weights between rounds, and back
-        replica.begin_round(h, equal=self.sync.replicas_agree and not modes)
+        # An optimizer with two modes changes weights between rounds, and back.
+        same = not stepped and not hasattr(self.inner, "eval")
+        replica.begin_round(h, equal=self.sync.replicas_agree and same)
 
     def _check_model(self) -> None:
         """Raise `RuntimeError` if the model has got other Parameters than the optimizer's."""
@@ -546,11 +551,14 @@ class LocalOptimizer(Optimizer):
         saved_buffers = replica.buffers.snapshot()
         self._in_consensus = True
         try:
-            with self._only("consensus"):
+            self._enter("consensus")
+            try:
                 if saved is None:
                     replica.check_equal()
                 else:
                     self.sync.enter_consensus()
+            finally:
+                self._busy.release()
             yield
         finally:
             self._in_consensus = False
