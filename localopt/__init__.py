@@ -7,7 +7,7 @@ any period goes with any rule around any torch optimizer.
 from .collective import Traffic
 from .compat import CommOptimizer, DistOptimizer
 from .control import AbsentRankError, LayoutMismatchError
-from .header import NonFiniteError, ReplicaMismatchError, SyncError
+from .header import CollectiveError, NonFiniteError, ReplicaMismatchError, SyncError
 from .optimizer import LocalAdamW, LocalOptimizer, LocalSGD
 from .period import QSR, SWAP, Constant, Period, PostLocal, PowerRule
 from .replica import SyncReport
@@ -37,6 +37,7 @@ __all__ = [
     "Average",
     "BlockMomentum",
     "CoCoDSGD",
+    "CollectiveError",
     "CommOptimizer",
     "Constant",
     "DiLoCo",

@@ -31,6 +31,10 @@ class ReplicaMismatchError(SyncError):
     """Replicas met that do not fit: other calls, steps, H, optimizers, settings or weights."""
 
 
+class CollectiveError(SyncError):
+    """A collective failed in torch: another rank has gone, or it met one of the program's own."""
+
+
 class NonFiniteError(SyncError):
     """A replica brought NaN or infinity into a synchronisation."""
 

@@ -24,6 +24,7 @@ from .buffers import Buffers
 from .collective import Across, Collective, Pending, Traffic, clock
 from .flat import Flat, Fragments, Memory, square_norm, total
 from .header import (
+    CollectiveError,
     Header,
     Kind,
     NonFiniteError,
@@ -317,7 +318,7 @@ class Replica:
         except SyncError:
             raise
         except (RuntimeError, ValueError) as error:
-            raise SyncError(self._failed(error)) from error
+            raise CollectiveError(self._failed(error)) from error
 
     def _failed(self, error: BaseException) -> str:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -339,8 +340,8 @@ class Replica:
                 yield
         except BaseException as error:
             self._lose(error, parameters=parameters)
-            if isinstance(error, SyncError):
-                raise SyncError(self.lost) from error
+            if isinstance(error, CollectiveError):
+                raise CollectiveError(self.lost) from error
             raise
 
     def _lose(self, error: BaseException, *, parameters: bool) -> None:

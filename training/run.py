@@ -15,7 +15,14 @@ from torch import nn
 from data.dataset import DataError, checked, sha256
 from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
-from localopt import LayoutMismatchError, LocalOptimizer, SyncError, Watch, control
+from localopt import (
+    CollectiveError,
+    LayoutMismatchError,
+    LocalOptimizer,
+    SyncError,
+    Watch,
+    control,
+)
 from localopt.collective import Collective
 
 from . import checkpoint, checks, engine, models, optimizers, record, resume, saver
@@ -109,7 +116,8 @@ def assembled(config: Config) -> Iterator[Run]:
         with watch, _assembled(config, deepspeed, place, collective, watch) as run:
             yield run
     except Exception as error:
-        if watch.verdict and not watch.failed and not isinstance(error, OWN_ERRORS):
+        own = isinstance(error, OWN_ERRORS) and not isinstance(error, CollectiveError)
+        if watch.verdict and not watch.failed and not own:
             raise LostRankError(watch.verdict, first=watch.first) from error
         raise
     engine.leave()
