@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FIELDS = struct.Struct("<qqqqdddqqqqd")
+_FIELDS = struct.Struct("<qqqqdddqqqqqd")
 _CHECK = struct.Struct("<I")
 SLOT = _FIELDS.size + _CHECK.size + 1  # bytes: the fields, their checksum, and the flag
 
@@ -65,6 +65,7 @@ class Header:
         fingerprint: of its parameters, where they are believed to be equal on all ranks; else 0.
         start: a sample of its parameters at the round's start, where they should have been equal
             on all ranks; else 0.
+        backwards: backward passes it has made in the round.
         total: the sum of what it brings; NaN where that was not looked at.
         finite: whether all it brings is finite.
     """
@@ -80,6 +81,7 @@ class Header:
     rates: int = 0
     fingerprint: int = 0
     start: int = 0
+    backwards: int = 0
     total: float = math.nan
     finite: bool = True
 

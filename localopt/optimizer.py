@@ -375,6 +375,9 @@ class LocalOptimizer(Optimizer):
     def average(self) -> bool:
         """Count one local step; end the round if it was the last. Collective then.
 
+        `step` calls it, unless ``auto`` is off. Call it too where one replica skips a step that
+        the others make (`GradScaler` does not: its skipped steps count by themselves).
+
         Where a synchronisation has failed, parameters are what they were before it (or NaN, if it
         had begun to overwrite them, and then no call goes on). It is owed: the next step, also
         that of a resumed run, begins with it.
@@ -409,6 +412,14 @@ class LocalOptimizer(Optimizer):
         replica = self._replica
         self.sync.end_round()
         replica.end_round()
+        if replica.uneven:
+            self._warn_once(
+                "uneven",
+                f"in the {replica.h} steps of the round that ended at step {replica.step} replicas "
+                f"have made different numbers of backward passes, by rank {replica.uneven}. Where "
+                "a step is skipped, as by a guard against NaN or DeepSpeed's check for overflow, "
+                "call average() in its place, so that it counts",
+            )
         if replica.alike and self._looks:
             self._looks -= 1  # it costs tens of milliseconds
             self._look_elsewhere()

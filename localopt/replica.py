@@ -85,6 +85,7 @@ class Replica:
             same; else 0.
         round: rounds finished.
         lost: why the parameters are lost; None while they are not.
+        uneven: who has made how many backward passes in the last round, where that differs.
         alike: whether all replicas were equal bit for bit at the end of a round of several steps.
         traffic: bytes and seconds.
         report: of the last synchronisation.
@@ -109,8 +110,10 @@ class Replica:
         self.step = self.h = self.remaining = self.round = self.start = 0
         self.open = False
         self.lost: str | None = None
+        self.uneven: dict[int, int] = {}
         self.alike = self._perhaps_alike = False
-        self._backwards = 0
+        if collective.world_size > 1:
+            self._count_backwards()
         self._siblings = _built.setdefault(collective.key, []) if collective.key else []
         self._identity = len(self._siblings)
         self._siblings.append(f"optimizer {self._identity} ({name})")
@@ -125,6 +128,18 @@ class Replica:
         self._square_spread = 0.0
         self._resumed = clock(self.device)
         self._forget_round()
+
+    def _count_backwards(self) -> None:
+        """Count them, by the first parameter that is trained. Cost: 1 µs each."""
+        me = weakref.ref(self)
+
+        def count(_: Tensor) -> None:
+            if (replica := me()) is not None:
+                replica.backwards += 1
+
+        p = next((p for _, p in self.flat.named if p.requires_grad), None)
+        if p is not None:
+            p.register_post_accumulate_grad_hook(count)
 
     def use_own_group(self) -> None:
         """Have means that run behind training (`launch`) from now on. Collective.
@@ -162,7 +177,7 @@ class Replica:
         # A 0-dim tensor once a loss or a rate was one: nothing is read before the boundary.
         self._rate_sum: float | Tensor = 0.0
         self._loss_sum: float | Tensor = 0.0
-        self._rates = self._losses = 0
+        self._rates = self._losses = self.backwards = 0
         self._step_loss: float | Tensor | None = None
 
     def record_lr(self, lr: float | Tensor) -> None:
@@ -286,12 +301,17 @@ class Replica:
         return headers
 
     def _compare(self, headers: Mapping[int, Header]) -> None:
-        """Take note if replicas that have trained apart are equal: `alike`.
+        """Take note if some have made more steps than they tell, `uneven`, and if replicas that
+        have trained apart are equal, `alike`.
 
         A sum is compared, which is at hand; where that is the same, fingerprints the next time.
         """
         told = list(headers.values())
-        if len(told) == 1 or told[0].kind is not Kind.SYNC or told[0].h == 1:
+        if len(told) == 1 or told[0].kind is not Kind.SYNC:
+            return
+        made = {rank: header.backwards for rank, header in headers.items()}
+        self.uneven = made if len(set(made.values())) > 1 else {}
+        if told[0].h == 1:
             return
         self.alike = bool(told[0].fingerprint) and len({h.fingerprint for h in told}) == 1
         self._perhaps_alike = len({h.total for h in told}) == 1  # NaN is never equal
@@ -637,6 +657,7 @@ class Replica:
             rates=_checksum(self._rates_now()) if kind is Kind.SYNC else 0,
             fingerprint=self.flat.fingerprint() if believed_equal or looks else 0,
             start=self.start,
+            backwards=self.backwards,
             total=math.nan if self.check_finite or self.round >= 4 else float(self._total(own)),
         )
 
