@@ -218,7 +218,7 @@ def _left(deadline: float | None) -> float | None:
 
 def _end(process: BaseProcess) -> str:
     """How a process ended that has nothing more to say."""
-    process.join(PATIENCE)
+    process.join(10)  # it is on its way out, and has nothing else to do
     code = process.exitcode
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name} (exit code {code})"
