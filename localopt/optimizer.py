@@ -47,7 +47,9 @@ def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(call)
     def guarded(self: LocalOptimizer, *args: Any, **kwargs: Any) -> Any:
-        self._enter(name)
+        if not self._busy.acquire(blocking=False):
+            self._refuse_thread(name)
+        self._caller = name
         try:
             return call(self, *args, **kwargs)
         finally:
@@ -64,9 +66,9 @@ def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(step)
-    def hooked(self: LocalOptimizer, *args: Any, **kwargs: Any) -> Any:
-        args = (self, *args)
-        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        self = args[0]
+        with torch.autograd.profiler.record_function(self._step_name):
             for before in self._optimizer_step_pre_hooks.values():
                 changed = before(self, args, kwargs)
                 args, kwargs = (args, kwargs) if changed is None else changed
@@ -169,6 +171,7 @@ class LocalOptimizer(Optimizer):
         ):
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
         self._patch_step_function()
+        self._step_name = f"Optimizer.step#{type(self).__name__}.step"
 
     def _build(self, *, first: bool = False) -> tuple[Flat, Buffers]:
         """Compare layouts, and move the parameters into flat buffers. Collective."""
@@ -197,14 +200,11 @@ class LocalOptimizer(Optimizer):
         numbers = sum(p.numel() for _, p in named)
         return f"{type(self).__name__} of {numbers} parameters, the first of them {named[0][0]}"
 
-    def _enter(self, call: str) -> None:
-        """Until ``_busy`` is released no other thread may be in here."""
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError(
-                f"{call}() on rank {self._collective.rank}, while another thread is in "
-                f"{self._caller}(): call it from the thread that trains, between steps"
-            )
-        self._caller = call
+    def _refuse_thread(self, call: str) -> None:
+        raise RuntimeError(
+            f"{call}() on rank {self._collective.rank}, while another thread is in "
+            f"{self._caller}(): call it from the thread that trains, between steps"
+        )
 
     def _warn_once(self, about: str, text: str) -> None:
         if about not in self._told:
@@ -493,7 +493,7 @@ class LocalOptimizer(Optimizer):
     _step_supports_amp_scaling = True
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
-        found_inf = getattr(self, "found_inf", None)
+        found_inf = self.__dict__.get("found_inf")  # set by GradScaler
         if found_inf is None:
             return self.inner.step() if closure is None else self.inner.step(closure)
         self._tell_accelerate(found_inf)
@@ -503,7 +503,7 @@ class LocalOptimizer(Optimizer):
             return self._step_with_scale(found_inf)
         if float(found_inf):  # host sync, as GradScaler itself makes
             return None
-        grad_scale = getattr(self, "grad_scale", None)
+        grad_scale = self.__dict__.get("grad_scale")
         if grad_scale is not None:
             self._unscale(1.0 / float(grad_scale))
         return self.inner.step()
@@ -520,7 +520,7 @@ class LocalOptimizer(Optimizer):
 
     def _step_with_scale(self, found_inf: Tensor) -> Any:
         inner: Any = self.inner
-        inner.found_inf, inner.grad_scale = found_inf, getattr(self, "grad_scale", None)
+        inner.found_inf, inner.grad_scale = found_inf, self.__dict__.get("grad_scale")
         try:
             return inner.step()
         finally:
@@ -562,14 +562,7 @@ class LocalOptimizer(Optimizer):
         saved_buffers = replica.buffers.snapshot()
         self._in_consensus = True
         try:
-            self._enter("consensus")
-            try:
-                if saved is None:
-                    replica.check_equal()
-                else:
-                    self.sync.enter_consensus()
-            finally:
-                self._busy.release()
+            self._take_consensus(agreed=saved is None)
             yield
         finally:
             self._in_consensus = False
@@ -577,6 +570,13 @@ class LocalOptimizer(Optimizer):
                 replica.restore(saved)
             with torch.no_grad():
                 replica.buffers.restore(saved_buffers)
+
+    @_one_at_a_time
+    def _take_consensus(self, *, agreed: bool) -> None:
+        if agreed:
+            self._replica.check_equal()
+        else:
+            self.sync.enter_consensus()
 
     @_one_at_a_time
     def finish(self) -> None:

@@ -212,7 +212,8 @@ class Replica:
     def count_step(self) -> None:
         """A local step has been made."""
         self.step += 1
-        self.remaining = max(0, self.remaining - 1)
+        if self.remaining:
+            self.remaining -= 1
         if self._step_loss is not None:
             self._loss_sum = self._loss_sum + self._step_loss
             self._losses += 1
