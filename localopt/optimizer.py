@@ -61,20 +61,19 @@ def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
 def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """``step`` with the hooks that were registered on this optimizer.
 
-    torch would put the global ones around it as well, which the inner optimizer's step calls
-    already: once per step is enough.
+    torch would put the global ones around it as well, and a mark for the profiler, which are
+    around the inner optimizer's step already: once per step is enough.
     """
 
     @functools.wraps(step)
     def hooked(*args: Any, **kwargs: Any) -> Any:
         self = args[0]
-        with torch.autograd.profiler.record_function(self._step_name):
-            for before in self._optimizer_step_pre_hooks.values():
-                changed = before(self, args, kwargs)
-                args, kwargs = (args, kwargs) if changed is None else changed
-            result = step(*args, **kwargs)
-            for after in self._optimizer_step_post_hooks.values():
-                after(self, args, kwargs)
+        for before in self._optimizer_step_pre_hooks.values():
+            changed = before(self, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
+        result = step(*args, **kwargs)
+        for after in self._optimizer_step_post_hooks.values():
+            after(self, args, kwargs)
         return result
 
     hooked.hooked = True  # type: ignore[attr-defined]  # torch leaves it as it is
@@ -171,7 +170,6 @@ class LocalOptimizer(Optimizer):
         ):
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
         self._patch_step_function()
-        self._step_name = f"Optimizer.step#{type(self).__name__}.step"
 
     def _build(self, *, first: bool = False) -> tuple[Flat, Buffers]:
         """Compare layouts, and move the parameters into flat buffers. Collective."""
