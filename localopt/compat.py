@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .collective import Collective
 from .flat import pull_
-from .optimizer import LocalOptimizer
+from .optimizer import LocalOptimizer, check_group
 from .period import Constant
 from .replica import Replica
 from .sync import EASGD, LSGD, Rule
@@ -157,7 +157,9 @@ class CommOptimizer(LocalOptimizer):
         comm_period: int = 4,
         **options: Any,
     ) -> None:
-        m = Collective(options.get("process_group")).world_size
+        group, alone = options.get("process_group"), options.get("alone", False)
+        check_group(group, alone=alone)
+        m = Collective(group, alone=alone).world_size
         if world_size not in (None, m):
             raise ValueError(f"world_size is {world_size}: the process group has {m} replicas")
         p, c = local_pulling_strength, dist_pulling_strength

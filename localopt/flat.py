@@ -172,6 +172,7 @@ class Flat(Memory):
                 p.data = self.views[name]
         # One id per parameter: comparing them at a boundary costs 0.1 µs each.
         self._pointers = [view.data_ptr() for view in (self.views[name] for name, _ in named)]
+        self._beside = {entry.name: self.views[entry.name].data_ptr() for entry in beside}
         self._sampled = [
             torch.tensor(places, device=buffer.data.device)
             for buffer, spans in zip(self.buffers, self.spans(), strict=True)
@@ -184,13 +185,19 @@ class Flat(Memory):
             p.data = self.views[name]
 
     def check_pointers(self) -> None:
-        """Raise `RuntimeError` if a parameter no longer lives in its flat buffer."""
+        """Raise `RuntimeError` if a tensor no longer lives in its flat buffer."""
         for (name, p), pointer in zip(self.named, self._pointers, strict=True):
             if p.data_ptr() != pointer:
                 raise RuntimeError(
                     f"parameter {name} no longer lives in the optimizer's flat buffer: model.to(), "
-                    ".half(), load_state_dict(assign=True) or an assignment to .data moved it. Do "
-                    "that before building the optimizer"
+                    ".half(), share_memory(), load_state_dict(assign=True) or an assignment to "
+                    ".data moved it. Do that before building the optimizer"
+                )
+        for name, pointer in self._beside.items():
+            if self.views[name].data_ptr() != pointer:
+                raise RuntimeError(
+                    f"{name} no longer lives in the optimizer's flat buffer: share_memory_() moved "
+                    "it, which sending a tensor to another process does as well. Send a clone"
                 )
 
     def sample(self) -> int:

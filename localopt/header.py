@@ -159,8 +159,8 @@ def check_in_step(headers: Mapping[int, Header], name: Callable[[int], str]) -> 
     step = next(iter(headers.values())).step
     if odd := _parted(headers, lambda header: header.settings):
         raise ReplicaMismatchError(
-            f"at step {step} the settings of {_versus(odd)} differ: learning rates and the outer "
-            "optimizer's settings must be the same on all ranks"
+            f"at step {step} the settings of {_versus(odd)} differ: learning rates, the outer "
+            "optimizer's settings, and train() or eval() must be the same on all ranks"
         )
     if odd := _parted(headers, lambda header: header.rates):
         raise ReplicaMismatchError(

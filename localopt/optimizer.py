@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .elsewhere import averaged_elsewhere
 from .environment import announced_ranks
 from .flat import Flat, bits_of, entries_of
 from .header import Kind, ranks_text
-from .replica import Replica, SyncReport
+from .replica import Replica, SyncReport, modes_of
 from .sync import Average, Rule
 
 STATE_VERSION = 4
@@ -40,19 +40,20 @@ def place_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
     return groups[0].get(PLACE, state.get(PLACE))  # beside the groups in version 3
 
 
-def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call``, refused while another thread is in one of these."""
+def _one_at_a_time(call: Callable[..., Any], name: str = "") -> Callable[..., Any]:
+    """``call``, of a ``name`` of its own or another, refused while another thread is in one."""
 
-    name = call.__name__
+    name = name or call.__name__
 
     @functools.wraps(call)
     def guarded(self: LocalOptimizer, *args: Any, **kwargs: Any) -> Any:
         if not self._busy.acquire(blocking=False):
             self._refuse_thread(name)
-        self._caller = name
+        outer, self._caller = self._caller, name
         try:
             return call(self, *args, **kwargs)
         finally:
+            self._caller = outer
             self._busy.release()
 
     return guarded
@@ -135,7 +136,7 @@ class LocalOptimizer(Optimizer):
         alone: bool = False,
     ) -> None:
         _check_inner(inner, period)
-        _check_group(process_group, alone=alone)
+        check_group(process_group, alone=alone)
         self.inner = inner
         self.period = period
         self.sync = sync if sync is not None else Average()
@@ -294,7 +295,7 @@ class LocalOptimizer(Optimizer):
             self.inner.add_param_group(param_group)
             named = _named_parameters(self.inner, self._model)
             entries_of(named, self.sync.beside(named))
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # whatever the inner optimizer objects to
             return error
         return None
 
@@ -547,34 +548,46 @@ class LocalOptimizer(Optimizer):
         """Within the context the model holds what should be evaluated. Collective.
 
         The mean of the replicas, which under `Average` they all are already between rounds; under
-        `EASGD` the centre. On exit parameters and buffers are what they were. Its traffic is
-        counted apart (``traffic.other_bytes``).
+        `EASGD` the centre. On exit parameters and buffers are what they were, and an optimizer
+        with two modes is in the one it was in (``train_mode``). Its traffic is counted apart
+        (``traffic.other_bytes``).
 
         Raises:
             RuntimeError: if nested.
             ReplicaMismatchError: if another rank makes another call.
         """
+        with ExitStack() as leaving:
+            self._enter_consensus(leaving)
+            yield
+
+    @functools.partial(_one_at_a_time, name="consensus")
+    def _enter_consensus(self, leaving: ExitStack) -> None:
         self._refuse("consensus()")
         replica = self._replica
-        saved = None if self.synced and self.sync.replicas_agree else replica.snapshot()
-        saved_buffers = replica.buffers.snapshot()
+        agreed, modes = self.synced and self.sync.replicas_agree, modes_of(self.inner)
+        if not agreed:
+            self.sync.adopt()
+        saved = None if agreed and not modes else replica.snapshot()
+        leaving.callback(self._leave_consensus, saved, replica.buffers.snapshot(), modes)
         self._in_consensus = True
-        try:
-            self._take_consensus(agreed=saved is None)
-            yield
-        finally:
-            self._in_consensus = False
-            if saved is not None:
-                replica.restore(saved)
-            with torch.no_grad():
-                replica.buffers.restore(saved_buffers)
-
-    @_one_at_a_time
-    def _take_consensus(self, *, agreed: bool) -> None:
         if agreed:
-            self._replica.check_equal()
+            replica.check_equal()
         else:
             self.sync.enter_consensus()
+
+    def _leave_consensus(
+        self,
+        saved: list[Tensor] | None,
+        buffers: dict[str, Tensor],
+        modes: list[tuple[dict[str, Any], Any]],
+    ) -> None:
+        self._in_consensus = False
+        if saved is not None:
+            self._replica.restore(saved)
+        for place, mode in modes:  # the weights are those of that mode again
+            place["train_mode"] = mode
+        with torch.no_grad():
+            self._replica.buffers.restore(buffers)
 
     @_one_at_a_time
     def finish(self) -> None:
@@ -623,6 +636,7 @@ class LocalOptimizer(Optimizer):
             "rule": type(self.sync).__name__,
             "rank": self._collective.rank,
             "world_size": self._collective.world_size,
+            "has_state": _has_state(state),
             "replica": replica.state_dict(),
             "sync": self.sync.state_dict(),
         }
@@ -640,7 +654,7 @@ class LocalOptimizer(Optimizer):
 
         Raises:
             ValueError: if the state is of another version, rule, or, in mid-round, of another
-                rank or number of replicas.
+                rank or number of replicas; or if a part of it is missing.
         """
         if self._in_consensus:
             self._refuse("load_state_dict()")
@@ -651,6 +665,7 @@ class LocalOptimizer(Optimizer):
         place = place_of(state)
         if place is not None:
             self._check_place(place)
+        _check_whole(state, place)
         state.pop(PLACE, None)
         state["param_groups"] = [
             {key: value for key, value in group.items() if key != PLACE}
@@ -771,7 +786,8 @@ def _check_inner(inner: Optimizer, period: Callable[[int, float], int]) -> None:
             )
 
 
-def _check_group(process_group: dist.ProcessGroup | None, *, alone: bool) -> None:
+def check_group(process_group: dist.ProcessGroup | None, *, alone: bool) -> None:
+    """Raise unless it is clear whom this process's replica meets."""
     if alone and process_group is not None:
         raise ValueError("alone=True and process_group exclude each other")
     together = process_group is not None or (dist.is_available() and dist.is_initialized())
@@ -818,6 +834,28 @@ def _check_order(
         )
 
 
+def _has_state(state: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's state has anything about a parameter."""
+    return any(not isinstance(own, Mapping) or own for own in state["state"].values())
+
+
+def _check_whole(state: Mapping[str, Any], place: Mapping[str, Any] | None) -> None:
+    """Raise `ValueError` if ``torch.distributed.checkpoint`` has lost a part on the way."""
+    named = any(isinstance(p, str) for group in state["param_groups"] for p in group["params"])
+    if place is None and named:
+        raise ValueError(
+            "the state to load has parameters' names and no place in a round: "
+            "flatten_optimizer_state_dict=True drops that, so get and set the state without it. If "
+            "it is a bare optimizer's, load it into optimizer.inner before the first step"
+        )
+    if place is not None and place.get("has_state") and not _has_state(state):
+        raise ValueError(
+            "the state to load has lost the inner optimizer's, such as momenta: torch.distributed."
+            "checkpoint loads into what is there, and a new optimizer has none yet. Save and load "
+            "localopt.integrations.dcp.ReplicaState"
+        )
+
+
 class _Empty(MutableMapping):
     """The inner optimizer's state while there is none.
 
@@ -830,6 +868,12 @@ class _Empty(MutableMapping):
 
     def __bool__(self) -> bool:
         return True
+
+    def __repr__(self) -> str:
+        return repr(self._inner.state)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is of the state alone
+        return self._inner.state.__reduce_ex__(protocol)
 
     def __getitem__(self, key: Any) -> Any:
         return self._inner.state[key]
@@ -848,6 +892,17 @@ class _Empty(MutableMapping):
 
     def __len__(self) -> int:
         return len(self._inner.state)
+
+    # MutableMapping's would make the entries that they look for.
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self._inner.state.get(key, default)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        return self._inner.state.setdefault(key, default)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        return self._inner.state.pop(key, *default)
 
 
 def _named_parameters(inner: Optimizer, model: nn.Module | None) -> list[tuple[str, nn.Parameter]]:

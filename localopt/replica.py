@@ -654,7 +654,7 @@ class Replica:
             busy=now - self._resumed,
             square_norm=norm,
             loss=self.loss,
-            settings=_checksum(settings),
+            settings=_checksum((settings, [mode for _, mode in modes_of(self.inner)])),
             rates=_checksum(self._rates_now()) if kind is Kind.SYNC else 0,
             fingerprint=self.flat.fingerprint() if believed_equal or looks else 0,
             start=self.start,
@@ -815,6 +815,12 @@ class _Flight:
     launched: float
     ended: float | None = None
     failed: Exception | None = None
+
+
+def modes_of(inner: Optimizer) -> list[tuple[dict[str, Any], Any]]:
+    """Where an optimizer with two modes keeps which one it is in, and which that is now."""
+    places = [vars(inner), *inner.param_groups]
+    return [(place, place["train_mode"]) for place in places if "train_mode" in place]
 
 
 def _checksum(settings: object) -> int:

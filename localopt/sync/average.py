@@ -71,7 +71,7 @@ class Average(Rule):
 
     @torch.no_grad()
     def end_round(self) -> None:
-        self._adopt_state()
+        self.adopt()
         if self._changes is None:
             self.replica.mean_()
         else:
@@ -83,15 +83,15 @@ class Average(Rule):
 
     def finish(self) -> None:
         ends_round = self.replica.open
-        if ends_round:
-            self._adopt_state()
+        self.adopt()
         super().finish()
         if self._changes is not None and not self.z.equals(self.replica.flat.params):
             self.z.copy_(self.replica.flat.params)
         if ends_round:
             self._reset_state()
 
-    def _adopt_state(self) -> None:
+    @torch.no_grad()
+    def adopt(self) -> None:
         """Make the named state fields views of the flat buffers, as the parameters are."""
         state, views = self.replica.inner.state, self.replica.flat.views
         for field in self.state_fields:

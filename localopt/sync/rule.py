@@ -91,6 +91,9 @@ class Rule(ABC):
     def after_step(self) -> None:  # noqa: B027 (most rules do nothing)
         """A local step is done. No collective."""
 
+    def adopt(self) -> None:  # noqa: B027 (most rules average nothing beside)
+        """Bring what is averaged beside the parameters into their memory. No collective."""
+
     @abstractmethod
     def end_round(self) -> None:
         """End the round: the rule's equation. Collective."""
