@@ -119,7 +119,6 @@ def test_a_storage_of_its_own_size() -> None:
             addresses.append(t.untyped_storage().data_ptr())
     assert len(set(addresses)) == len(addresses)
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    assert model.empty.untyped_storage().nbytes() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -332,14 +331,12 @@ def on_two_ranks(rank: int, m: int) -> list[int]:
     assert sizes == [t.nbytes for t in found.values()]
     assert size(model.small.state_dict()) < SLACK and size(optimizer.state[model.halves]) < SLACK
     assert same(pickle.loads(pickle.dumps(model)), model) and same(copy.deepcopy(model), model)
-    model, before = nn.Linear(64, 64).bfloat16(), nn.Linear(64, 64).bfloat16()
-    before.load_state_dict(model.state_dict())
+    model = nn.Linear(64, 64).bfloat16()
+    before = copy.deepcopy(model)
     outer = LocalSGD(model.parameters(), 1.0, period=Constant(1), sync=DiLoCo())
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
+    model(torch.ones(1, 64).bfloat16()).sum().backward()
     outer.step()
     del outer, optimizer
-    gc.collect()
     assert not torch.equal(model.weight, before.weight)
     assert equal_on_all_ranks(model.weight.detach())
     return [size(model.state_dict())]
