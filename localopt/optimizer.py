@@ -357,10 +357,10 @@ class LocalOptimizer(Optimizer):
         replica = self._replica
         if replica.lost is not None or self._in_consensus:
             self._refuse("step()")
-        if not replica.remaining:
-            if replica.open:
-                self._end_round()  # which had failed
+        if not replica.open:
             self._begin_round()
+        elif not replica.remaining:
+            replica.remaining = 1  # its end has failed: gradients are those of this replica still
         lr = self.inner.param_groups[0].get("lr", math.nan)
         loss = self._inner_step(closure)
         self._replica.record_lr(lr)
@@ -378,8 +378,8 @@ class LocalOptimizer(Optimizer):
         the others make (`GradScaler` does not: its skipped steps count by themselves).
 
         Where a synchronisation has failed, parameters are what they were before it (or NaN, if it
-        had begun to overwrite them, and then no call goes on). It is owed: the next step, also
-        that of a resumed run, begins with it.
+        had begun to overwrite them, and then no call goes on). It is owed: `average` makes it, also
+        in a resumed run; otherwise the round is one step longer.
 
         Returns:
             Whether the round has ended.

@@ -212,6 +212,8 @@ class Replica:
     def count_step(self) -> None:
         """A local step has been made."""
         self.step += 1
+        if self._rates == self.h - self.remaining:  # a step that was skipped, but counts
+            self.record_lr(self.inner.param_groups[0].get("lr", math.nan))
         if self.remaining:
             self.remaining -= 1
         if self._step_loss is not None:
