@@ -155,11 +155,12 @@ class Collective:
         return made
 
     def shared(self, purpose: str, ranks: Sequence[int]) -> Collective:
-        """As `subgroup`, but one and the same for all who ask for this purpose and ranks.
+        """As `subgroup`, but one and the same for all who ask for this purpose and ranks, and this
+        one itself where these are all.
 
         Where several optimizers meet in one group, ranks that bring different ones find out.
         """
-        if self.world_size == 1:
+        if len(ranks) == self.world_size:
             return self
         made = _shared.setdefault(self.key, {})
         key = purpose, tuple(ranks)

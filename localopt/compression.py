@@ -193,7 +193,8 @@ class ChangeMean:
             sent += self._mean_of(e, x, collective)
         for buffer in flat.buffers:
             buffer.beside_averaged.div_(collective.world_size)
-        sent += collective.sum_([b.beside for b in flat.buffers if len(b.beside)])
+        with replica.told():
+            sent += collective.sum_([b.beside for b in flat.buffers if len(b.beside)])
         replica.buffers.scatter(flat.views)
         replica.count_part(sent, started)
 
@@ -212,14 +213,16 @@ class ChangeMean:
         for i, shard in enumerate(shards):
             if i != rank:
                 codec.send_(shard, wires[i])
-        received, sent = collective.exchange_shards(wires)
+        with self._replica.told():
+            received, sent = collective.exchange_shards(wires)
         mine = shards[rank]
         for i in range(m):
             if i != rank:
                 codec.receive_(mine, received[i], add=True)
         codec.send_(mine.div_(m), wires[rank])
         mine.mul_(m)
-        sent += collective.gather_shards_(wires)
+        with self._replica.told():
+            sent += collective.gather_shards_(wires)
         for i in range(m):
             codec.receive_(mean[ends[i] : ends[i + 1]], wires[i])
         return sent

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FIELDS = struct.Struct("<qqqqdddqqqqqd")
+_FIELDS = struct.Struct("<qqqqdddqqqqqqd")
 _CHECK = struct.Struct("<I")
 SLOT = _FIELDS.size + _CHECK.size + 1  # bytes: the fields, their checksum, and the flag
 
@@ -66,6 +66,7 @@ class Header:
         start: a sample of its parameters at the round's start, where they should have been equal
             on all ranks; else 0.
         backwards: backward passes it has made in the round.
+        levels: groups that it meets for this call, one after another.
         total: the sum of what it brings; NaN where that was not looked at.
         finite: whether all it brings is finite.
     """
@@ -82,6 +83,7 @@ class Header:
     fingerprint: int = 0
     start: int = 0
     backwards: int = 0
+    levels: int = 1
     total: float = math.nan
     finite: bool = True
 

@@ -361,6 +361,7 @@ class LocalOptimizer(Optimizer):
             self._begin_round()
         elif not replica.remaining:
             replica.remaining = 1  # its end has failed: gradients are those of this replica still
+        self.sync.before_step()
         lr = self.inner.param_groups[0].get("lr", math.nan)
         loss = self._inner_step(closure)
         self._replica.record_lr(lr)

@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -59,8 +59,10 @@ class SyncReport:
 # round, of a part of one, or of something beside.
 Count = Literal["round", "part", "other"]
 
-# The names of the optimizers that were built, by process group, in that order.
+# By process group: the names of the optimizers that were built, and the headers that have been
+# launched and not been read, in that order.
 _built: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+_unread: weakref.WeakKeyDictionary[Any, list[_Headers]] = weakref.WeakKeyDictionary()
 
 
 class Replica:
@@ -114,7 +116,7 @@ class Replica:
         self.alike = self._perhaps_alike = False
         if collective.world_size > 1:
             self._count_backwards()
-        self._siblings = _built.setdefault(collective.key, []) if collective.key else []
+        self._siblings = _of_group(_built, collective)
         self._identity = len(self._siblings)
         self._siblings.append(f"optimizer {self._identity} ({name})")
         self._flights: Collective | None = None
@@ -144,14 +146,10 @@ class Replica:
     def use_own_group(self) -> None:
         """Have means that run behind training (`launch`) from now on. Collective.
 
-        They must not mix with collectives of the user's group: the means travel in a group of this
-        optimizer's own, and all else in one that such optimizers share, so that ranks which bring
-        different ones meet there.
+        They travel in a group of this optimizer's own, where nothing waits behind them. Headers go
+        where those of all other optimizers go, so that ranks which bring different ones find out.
         """
-        everyone = range(self.collective.world_size)
-        self._flights = self.collective.subgroup(everyone)
-        self.collective = self.collective.shared("behind training", everyone)
-        self.levels = self.meets = [self.collective]
+        self._flights = self.collective.subgroup(range(self.collective.world_size))
 
     def use_fragments(self, number: int) -> None:
         """Send the parameters in so many fragments, one at a time, from now on."""
@@ -170,7 +168,10 @@ class Replica:
         self.remaining = 0
         self.open = False
         self.round += 1
+        self.traffic.syncs += 1
+        loss = self._step_loss  # of the step that follows, where the synchronisation was owed
         self._forget_round()
+        self._step_loss = loss
 
     def _forget_round(self) -> None:
         self.last_lr = self.lr if hasattr(self, "_rates") else 0.0
@@ -279,15 +280,9 @@ class Replica:
         self.check_usable()
         self.flat.check_pointers()
         started = clock(self.device)
-        mine = self._header(kind, started, settings, own, square_norm, believed_equal)
-        scan = self._scan(own)
         met = self.meets if levels is None else levels
-        sent, seen = 0, []
-        for level in met:
-            headers_.write(self._slots, self.collective.rank, mine, scan)
-            with self.told():
-                sent += level.sum_([self._slots])
-            seen.append(self._read(self._slots, level.ranks))
+        mine = self._header(kind, started, settings, own, square_norm, believed_equal, len(met))
+        sent, seen = self._exchange(mine, self._scan(own), met)
         waits = _waits(seen[-1])
         self._count(count, sent, started, waits)
         self._compare(seen[-1])
@@ -298,10 +293,60 @@ class Replica:
             self.report = self._report(seen[-1], waits, None)
         return seen
 
-    def _read(self, slots: Tensor, ranks: Sequence[int]) -> dict[int, Header]:
-        headers = headers_.read(slots, ranks)
-        headers_.check_in_step(headers, self._name)
-        return headers
+    def _exchange(
+        self, mine: Header, scan: Tensor | None, met: Sequence[Collective]
+    ) -> tuple[int, list[dict[int, Header]]]:
+        """Headers, level by level; ranks that do not fit are told of at the last that they meet."""
+        sent, seen = 0, []
+        odd: ReplicaMismatchError | None = None
+        for number, level in enumerate(met, 1):
+            for earlier in _of_group(_unread, level)[-1:]:
+                self._hear(earlier)
+            headers_.write(self._slots, self.collective.rank, mine, scan)
+            try:
+                with self.told():
+                    sent += level.sum_([self._slots])
+            except CollectiveError:
+                if odd is not None:
+                    raise odd from None
+                raise
+            seen.append(headers_.read(self._slots, level.ranks))
+            try:
+                headers_.check_in_step(seen[-1], self._name)
+            except ReplicaMismatchError as error:
+                if not all(header.levels > number for header in seen[-1].values()):
+                    raise
+                odd = error  # other groups wait at the next level, and see it there
+        return sent, seen
+
+    def _hear(self, told: _Headers) -> dict[int, Header]:
+        """The headers that went before what was launched, when they have arrived.
+
+        What was launched before it comes first. Where that met another optimizer's, nobody knows
+        what answers the rest: it is not waited for.
+        """
+        unread = _of_group(_unread, self.collective)
+        while told in unread:
+            first = unread.pop(0)
+            try:
+                self._read(first)
+            except ReplicaMismatchError as error:
+                if len({header.identity for header in (first.arrived or {}).values()}) != 1:
+                    for later in unread:
+                        later.failed = error
+                    unread.clear()
+                raise
+        return self._read(told)
+
+    def _read(self, told: _Headers) -> dict[int, Header]:
+        if told.failed is not None:
+            raise told.failed
+        if told.arrived is None:
+            with self.told():
+                told.pending.wait()
+            told.arrived = headers_.read(told.slots, self.collective.ranks)
+        headers_.check_in_step(told.arrived, self._name)
+        return told.arrived
 
     def _compare(self, headers: Mapping[int, Header]) -> None:
         """Take note if some have made more steps than they tell, `uneven`, and if replicas that
@@ -346,10 +391,12 @@ class Replica:
     def _failed(self, error: BaseException) -> str:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return (
-            f"rank {self.collective.rank}: the synchronisation at step {self.step} failed, for "
-            "another rank has died or hangs, or another collective ran in this process group: "
-            f"{first}"
+            f"{self._at()} failed, for another rank has died or hangs, or another collective ran "
+            f"in this process group: {first}"
         )
+
+    def _at(self) -> str:
+        return f"rank {self.collective.rank}: the synchronisation at step {self.step}"
 
     @contextmanager
     def changing(self, *, parameters: bool = True) -> Iterator[None]:
@@ -359,15 +406,16 @@ class Replica:
         parameters become NaN, so that nobody saves them, and no call goes on with this optimizer.
         """
         try:
-            with torch.no_grad(), self.told():
+            with torch.no_grad():
                 yield
         except BaseException as error:
-            self._lose(error, parameters=parameters)
+            lost = self._lose(error, parameters=parameters)
             if isinstance(error, CollectiveError):
-                raise CollectiveError(self.lost) from error
+                raise CollectiveError(lost) from error
+            error.add_note(lost)
             raise
 
-    def _lose(self, error: BaseException, *, parameters: bool) -> None:
+    def _lose(self, error: BaseException, *, parameters: bool) -> str:
         what = "it had begun to overwrite the parameters, which are NaN now"
         if parameters:
             with torch.no_grad(), contextlib.suppress(RuntimeError):
@@ -375,8 +423,9 @@ class Replica:
                     buffer.data.fill_(math.nan)
         else:
             what = "what the rule keeps is lost, the parameters are what they were"
-        reason = str(error) if isinstance(error, SyncError) else self._failed(error)
+        reason = str(error) if isinstance(error, SyncError) else f"{self._at()} failed: {error!r}"
         self.lost = f"{reason}; {what}. Go on from the newest checkpoint"
+        return self.lost
 
     def check_equal(self) -> None:
         """Raise `ReplicaMismatchError` unless all replicas hold the same parameters. Collective."""
@@ -433,7 +482,8 @@ class Replica:
         if not equal or self.buffers.travel:
             # The mean of m equal numbers is not always that number, to the last bit.
             saved = self.snapshot() if equal else None
-            with self.changing():
+            # Who asks for a consensus has a copy, and writes it back whatever happens.
+            with self.told() if kind is Kind.CONSENSUS else self.changing():
                 self.sum_(seen[-1], sums, count=count)
                 if saved is not None:
                     self.restore(saved)
@@ -457,8 +507,9 @@ class Replica:
         """The mean that follows `meet`, within `changing`. Collective."""
         started, sent = clock(self.device), 0
         wholes, averaged = zip(*((b.data, b.averaged) for b in self.flat.buffers), strict=True)
-        for level in self.levels if levels is None else levels:
-            sent += level.mean_(wholes, averaged)
+        with self.told():
+            for level in self.levels if levels is None else levels:
+                sent += level.mean_(wholes, averaged)
         self.count_part(sent, started, count)
         self.buffers.scatter(self.flat.views)
         if count == "round":
@@ -506,13 +557,14 @@ class Replica:
         mine = self._header(Kind.SYNC, started, (settings, fragment), own)
         headers_.write(slots, self.collective.rank, mine, self._scan(own))
         with self.told():
-            told = self.collective.start_sum_([slots])
+            told = _Headers(self.collective.start_sum_([slots]), slots)
+            _of_group(_unread, self.collective).append(told)
             pending = self._flights.start_sum_([b.data for b in sent.buffers])
-        travels = told.bytes + pending.bytes
+        travels = told.pending.bytes + pending.bytes
         if ends_round:
             self.report = self._landed_report
         self._count("round" if ends_round else "part", travels, started, {})
-        flight = _Flight(told, slots, pending, sent, fragment, ends_round, self._resumed)
+        flight = _Flight(told, pending, sent, fragment, ends_round, self._resumed)
         self._flight = flight
 
     def mean(self, *, fragment: int | None = None, ends_round: bool = True) -> list[Tensor]:
@@ -542,15 +594,33 @@ class Replica:
         return sent.params if fragment is None else self._fragments.mean(fragment)
 
     def drop(self) -> None:
-        """Wait for what is in flight, if anything, and forget it."""
+        """Wait for what is in flight, if anything, and forget it.
+
+        What was launched where another rank made another call is never answered, or by what that
+        rank launches next: then no call goes on with this optimizer.
+        """
         flight, self._flight = self._flight, None
-        if flight is not None and flight.failed is None:
-            flight.told.wait()
-            flight.pending.wait()
-        elif flight is not None:
+        if flight is None:
+            return
+        try:
+            self._hear(flight.told)
+            with self.told():
+                flight.pending.wait()
+        except SyncError as error:
             self._sent = None  # it may still be written to
             if self.fragments is not None:
                 self.fragments = Fragments(self.flat, self.fragments.number, self.fragments)
+            if isinstance(error, ReplicaMismatchError) and not self._answered(flight):
+                self.lost = (
+                    f"{error}. What was launched then is in flight still: go on from the newest "
+                    "checkpoint, in new processes"
+                )
+
+    def _answered(self, flight: _Flight) -> bool:
+        """Whether all ranks have launched this mean."""
+        headers = (flight.told.arrived or {}).values()
+        mine = Kind.SYNC, self._identity
+        return bool(headers) and all((h.kind, h.identity) == mine for h in headers)
 
     def poll(self) -> None:
         """Take note if what was launched has ended. No waiting."""
@@ -583,9 +653,7 @@ class Replica:
 
     def _arrived(self, flight: _Flight) -> list[Tensor]:
         started = clock(self.device)
-        with self.told():
-            flight.told.wait()
-        headers = self._read(flight.slots, self.collective.ranks)
+        headers = self._hear(flight.told)
         self._compare(headers)
         with self.told():
             flight.pending.wait()
@@ -630,7 +698,9 @@ class Replica:
         if self.collective.rank == rank:
             for mine, x in zip(into, self.flat.params, strict=True):
                 mine.copy_(x)
-        self.count_part(level.broadcast_(into, list(level.ranks).index(rank)), started)
+        with self.told():
+            sent = level.broadcast_(into, list(level.ranks).index(rank))
+        self.count_part(sent, started)
 
     def _empty_slots(self) -> Tensor:
         m = self.collective.world_size
@@ -644,6 +714,7 @@ class Replica:
         own: Sequence[Tensor] | None,
         norm: float | None = None,
         believed_equal: bool = False,
+        levels: int = 1,
     ) -> Header:
         looks = self._perhaps_alike and kind is Kind.SYNC
         if norm is None:
@@ -661,6 +732,7 @@ class Replica:
             fingerprint=self.flat.fingerprint() if believed_equal or looks else 0,
             start=self.start,
             backwards=self.backwards,
+            levels=levels,
             total=math.nan if self.check_finite or self.round >= 4 else float(self._total(own)),
         )
 
@@ -686,8 +758,6 @@ class Replica:
             return
         traffic.bytes += sent
         traffic.exposed += seconds
-        if count == "round":
-            traffic.syncs += 1
         if waits:
             traffic.count_wait(waits, self.collective.world_size)
 
@@ -797,19 +867,33 @@ _PLACE = (
 )  # fmt: skip
 
 
+@dataclass(eq=False)
+class _Headers:
+    """Headers that were launched.
+
+    Attributes:
+        arrived: what has come of them, once somebody has read it.
+        failed: why it will not be read.
+    """
+
+    pending: Pending
+    slots: Tensor
+    arrived: dict[int, Header] | None = None
+    failed: ReplicaMismatchError | None = None
+
+
 @dataclass
 class _Flight:
     """A mean that was launched.
 
     Attributes:
-        told, slots: the headers that go before it.
+        told: the headers that go before it.
         pending, sent: the mean.
         ended: when it was first seen to have ended.
         failed: why it has not arrived.
     """
 
-    told: Pending
-    slots: Tensor
+    told: _Headers
     pending: Pending
     sent: Memory
     fragment: int | None
@@ -823,6 +907,11 @@ def modes_of(inner: Optimizer) -> list[tuple[dict[str, Any], Any]]:
     """Where an optimizer with two modes keeps which one it is in, and which that is now."""
     places = [vars(inner), *inner.param_groups]
     return [(place, place["train_mode"]) for place in places if "train_mode" in place]
+
+
+def _of_group(kept: MutableMapping[Any, list[Any]], collective: Collective) -> list[Any]:
+    """What is kept of the process group; nothing is where there is one rank."""
+    return kept.setdefault(collective.key, []) if collective.key else []
 
 
 def _checksum(settings: object) -> int:

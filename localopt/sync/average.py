@@ -93,9 +93,10 @@ class Average(Rule):
     @torch.no_grad()
     def adopt(self) -> None:
         """Make the named state fields views of the flat buffers, as the parameters are."""
+        for field in (*self.state_fields, *self.reset_fields):
+            self._require(field)
         state, views = self.replica.inner.state, self.replica.flat.views
         for field in self.state_fields:
-            self._require(field)
             for name, p in self.replica.flat.named:
                 view = views[f"{name}/{field}"]
                 tensor = state.get(p, {}).get(field)
@@ -114,7 +115,6 @@ class Average(Rule):
 
     def _reset_state(self) -> None:
         for field in self.reset_fields:
-            self._require(field)
             for state in self.replica.inner.state.values():
                 if isinstance(state.get(field), Tensor):
                     state[field].zero_()

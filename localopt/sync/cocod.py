@@ -35,13 +35,12 @@ class CoCoDSGD(Rule):
     @torch.no_grad()
     def end_round(self) -> None:
         self.land()
-        with self.replica.changing():
-            if self._corrects:
-                for x, s in zip(self.replica.flat.params, self.s.data, strict=True):
-                    x.add_(s)
-            self._corrects = False
-            self.s.copy_(self.replica.flat.params)
-            self.replica.launch()
+        if self._corrects:
+            for x, s in zip(self.replica.flat.params, self.s.data, strict=True):
+                x.add_(s)
+            self._corrects = False  # where the launch fails it is made again, and this is not
+        self.s.copy_(self.replica.flat.params)
+        self.replica.launch()
         self.replicas_agree = False
 
     @torch.no_grad()

@@ -105,7 +105,8 @@ class LSGD(Rule):
         self.replica.measure_spread(seen[-1], levels[-1])
         self._follow(self.leader, self._group, leading(seen[0]), self.c)
         if meets_all and self.global_leader is not None:
-            self._follow(self.global_leader, self._all, leading(seen[1]), self.c_global)
+            best = leading(seen[1])
+            self._follow(self.global_leader, self._all, best, self.c_global, pulled=True)
         self.replicas_agree = False
 
     def _check_leaders(self, headers: Mapping[int, Header]) -> None:
@@ -114,8 +115,11 @@ class LSGD(Rule):
         for first in range(min(headers), max(headers) + 1, size):
             leading({rank: headers[rank] for rank in range(first, first + size)})
 
-    def _follow(self, leader: Vector, level: Collective, rank: int, strength: float) -> None:
-        with self.replica.changing(parameters=False):
+    def _follow(
+        self, leader: Vector, level: Collective, rank: int, strength: float, *, pulled: bool = False
+    ) -> None:
+        """``pulled``: to a leader already, which cannot be undone."""
+        with self.replica.changing(parameters=pulled):
             self.replica.fetch_(leader.data, level, rank)
         pull_(self.replica.flat.params, leader.data, strength)
 

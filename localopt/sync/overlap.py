@@ -59,21 +59,25 @@ class OverlapLocalSGD(Rule):
         replica.use_own_group()
         self.z = self.anchor("z")
         self.v = self.momentum("v")
+        self._pulled = False
 
     @torch.no_grad()
     def end_round(self) -> None:
         self.land()
         gamma = self.replica.lr if self.normalize_by_lr else 1.0
         if not gamma > 0:
-            self.replica.meet(settings=gamma)  # nobody waits for this rank when it has gone
+            self.replica.launch(settings=gamma)  # nobody waits for this rank when it has gone
+            self.replica.land()
             raise ValueError(
                 f"the mean learning rate of the round that ended at step {self.replica.step} is "
                 f"{gamma}, and normalize_by_lr divides by it: keep the rate above zero"
             )
         self._gamma = gamma
-        with self.replica.changing():
+        if not self._pulled:  # else it is the launch alone that has failed, and is made again
             pull_(self.replica.flat.params, self.z.data, self.alpha)
-            self.replica.launch(settings=gamma)
+            self._pulled = True
+        self.replica.launch(settings=gamma)
+        self._pulled = False
         self.replicas_agree = False
 
     @torch.no_grad()
@@ -91,3 +95,15 @@ class OverlapLocalSGD(Rule):
         """Make the replicas equal to their mean; the anchor goes on from there."""
         super().finish()
         self.z.copy_(self.replica.flat.params)
+        self._pulled = False
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._pulled = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "pulled": self._pulled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._pulled = state.get("pulled", False) and not state["replicas_agree"]

@@ -88,6 +88,9 @@ class Rule(ABC):
                     "before building the optimizer, or load the state that belongs to them into it"
                 )
 
+    def before_step(self) -> None:  # noqa: B027 (most rules do nothing)
+        """A local step within a round comes. What was due before it, and has failed, is owed."""
+
     def after_step(self) -> None:  # noqa: B027 (most rules do nothing)
         """A local step is done. No collective."""
 

@@ -73,6 +73,9 @@ class Streaming(Rule):
         self._flying = 0  # the fragment that was launched last
         self._moved: int | None = None  # whose z has moved, but x not yet
 
+    def before_step(self) -> None:
+        self._meet()
+
     def after_step(self) -> None:
         if self.replica.remaining:
             self._meet()
