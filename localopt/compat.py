@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import check_group
 from .collective import Collective
 from .flat import pull_
-from .optimizer import LocalOptimizer, check_group
+from .optimizer import LocalOptimizer
 from .period import Constant
 from .replica import Replica
 from .sync import EASGD, LSGD, Rule

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import re
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,11 +18,20 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from . import control
 from .buffers import BufferPolicy, Buffers
+from .calls import EmptyState, one_at_a_time, with_own_hooks
+from .checks import (
+    check_group,
+    check_inner,
+    check_modes,
+    check_order,
+    described,
+    homes_of,
+    named_parameters,
+)  # fmt: skip
 from .collective import Collective, Traffic
 from .elsewhere import averaged_elsewhere
-from .environment import announced_ranks
-from .flat import Flat, bits_of, entries_of
-from .header import Kind, ranks_text
+from .flat import Flat, entries_of
+from .header import Kind
 from .replica import Replica, SyncReport, modes_of
 from .sync import Average, Rule
 
@@ -38,47 +45,6 @@ def place_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
     """The replica's place in the state of a `LocalOptimizer`; None in that of another optimizer."""
     groups = state.get("param_groups") or [{}]
     return groups[0].get(PLACE, state.get(PLACE))  # beside the groups in version 3
-
-
-def _one_at_a_time(call: Callable[..., Any], name: str = "") -> Callable[..., Any]:
-    """``call``, of a ``name`` of its own or another, refused while another thread is in one."""
-
-    name = name or call.__name__
-
-    @functools.wraps(call)
-    def guarded(self: LocalOptimizer, *args: Any, **kwargs: Any) -> Any:
-        if not self._busy.acquire(blocking=False):
-            self._refuse_thread(name)
-        outer, self._caller = self._caller, name
-        try:
-            return call(self, *args, **kwargs)
-        finally:
-            self._caller = outer
-            self._busy.release()
-
-    return guarded
-
-
-def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step`` with the hooks that were registered on this optimizer.
-
-    torch would put the global ones around it as well, and a mark for the profiler, which are
-    around the inner optimizer's step already: once per step is enough.
-    """
-
-    @functools.wraps(step)
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        self = args[0]
-        for before in self._optimizer_step_pre_hooks.values():
-            changed = before(self, args, kwargs)
-            args, kwargs = (args, kwargs) if changed is None else changed
-        result = step(*args, **kwargs)
-        for after in self._optimizer_step_post_hooks.values():
-            after(self, args, kwargs)
-        return result
-
-    hooked.hooked = True  # type: ignore[attr-defined]  # torch leaves it as it is
-    return hooked
 
 
 class LocalOptimizer(Optimizer):
@@ -135,7 +101,9 @@ class LocalOptimizer(Optimizer):
         check_finite: bool = True,
         alone: bool = False,
     ) -> None:
-        _check_inner(inner, period)
+        if isinstance(inner, LocalOptimizer):
+            raise ValueError("the inner optimizer is a LocalOptimizer already")
+        check_inner(inner, period)
         check_group(process_group, alone=alone)
         self.inner = inner
         self.period = period
@@ -144,7 +112,7 @@ class LocalOptimizer(Optimizer):
             raise TypeError(f"sync must be a rule such as Average(), not {self.sync!r}")
         self.auto = auto
         self._collective = Collective(process_group, alone=alone)
-        _check_modes(inner, self.sync, self._collective)
+        check_modes(inner, self.sync, self._collective)
         self._busy, self._caller = threading.RLock(), ""
         self._told: set[str] = set()
         self._looks = 3
@@ -174,13 +142,13 @@ class LocalOptimizer(Optimizer):
 
     def _build(self, *, first: bool = False) -> tuple[Flat, Buffers]:
         """Compare layouts, and move the parameters into flat buffers. Collective."""
-        named = _named_parameters(self.inner, self._model)
+        named = named_parameters(self.inner, self._model)
         buffers = Buffers(self._model, self._policy, [p for _, p in named])
         beside = [*self.sync.beside(named), *buffers.entries()]
         settings = {**self._options, "buffers": self._policy, "auto": self.auto}
         lines = [
-            f"rule {_describe(self.sync)}",
-            f"period {_describe(self.period)}",
+            f"rule {described(self.sync)}",
+            f"period {described(self.period)}",
             f"inner optimizer {type(self.inner).__name__}",
             *(f"{key} {value}" for key, value in settings.items()),
             *map(str, entries_of(named, beside)),
@@ -189,13 +157,13 @@ class LocalOptimizer(Optimizer):
         ]
         control.agree(self._collective, lines, control.TIMEOUT)
         if first and self._model is None:
-            _check_order(self._collective, self.inner, named)
+            check_order(self._collective, self.inner, named)
         # Nothing has been changed up to here.
-        self._homes = _homes(self._model, {id(p) for _, p in named})
+        self._homes = homes_of(self._model, {id(p) for _, p in named})
         return Flat(named, beside, self._collective.world_size), buffers
 
     def _name(self) -> str:
-        named = _named_parameters(self.inner, self._model)
+        named = named_parameters(self.inner, self._model)
         numbers = sum(p.numel() for _, p in named)
         return f"{type(self).__name__} of {numbers} parameters, the first of them {named[0][0]}"
 
@@ -224,7 +192,7 @@ class LocalOptimizer(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The inner optimizer's per-parameter state."""
-        return self.inner.state or _Empty(self.inner)
+        return self.inner.state or EmptyState(self.inner)
 
     @state.setter
     def state(self, state: Any) -> None:
@@ -244,7 +212,7 @@ class LocalOptimizer(Optimizer):
         """Clear the gradients."""
         self.inner.zero_grad(set_to_none=set_to_none)
 
-    @_one_at_a_time
+    @one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, between rounds, on all ranks alike. Collective: the buffers are rebuilt.
 
@@ -293,7 +261,7 @@ class LocalOptimizer(Optimizer):
         """Add the group to the inner optimizer; why it cannot be, if so."""
         try:
             self.inner.add_param_group(param_group)
-            named = _named_parameters(self.inner, self._model)
+            named = named_parameters(self.inner, self._model)
             entries_of(named, self.sync.beside(named))
         except Exception as error:  # whatever the inner optimizer objects to
             return error
@@ -340,8 +308,8 @@ class LocalOptimizer(Optimizer):
         """
         return None if self._replica.report is None else self._replica.report.drift
 
-    @_with_own_hooks
-    @_one_at_a_time
+    @with_own_hooks
+    @one_at_a_time
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Make one local step; if ``auto``, end the round when it is due.
 
@@ -371,7 +339,7 @@ class LocalOptimizer(Optimizer):
             self._average()
         return loss
 
-    @_one_at_a_time
+    @one_at_a_time
     def average(self) -> bool:
         """Count one local step; end the round if it was the last. Collective then.
 
@@ -561,7 +529,7 @@ class LocalOptimizer(Optimizer):
             self._enter_consensus(leaving)
             yield
 
-    @functools.partial(_one_at_a_time, name="consensus")
+    @functools.partial(one_at_a_time, name="consensus")
     def _enter_consensus(self, leaving: ExitStack) -> None:
         self._refuse("consensus()")
         replica = self._replica
@@ -590,7 +558,7 @@ class LocalOptimizer(Optimizer):
         with torch.no_grad():
             self._replica.buffers.restore(buffers)
 
-    @_one_at_a_time
+    @one_at_a_time
     def finish(self) -> None:
         """End the open round now and wait for collectives in flight: the replicas agree.
 
@@ -610,7 +578,7 @@ class LocalOptimizer(Optimizer):
     # Saving: one state per rank.
 
     @torch._disable_dynamo
-    @_one_at_a_time
+    @one_at_a_time
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimizer's ``state`` and ``param_groups``, and this replica's place.
 
@@ -647,7 +615,7 @@ class LocalOptimizer(Optimizer):
         return state
 
     @torch._disable_dynamo
-    @_one_at_a_time
+    @one_at_a_time
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state that `state_dict` gave on this rank.
 
@@ -770,71 +738,6 @@ class LocalAdamW(LocalOptimizer):
         super().__init__(AdamW(params, lr=lr, **options), period, **local)
 
 
-def _check_inner(inner: Optimizer, period: Callable[[int, float], int]) -> None:
-    if isinstance(inner, LocalOptimizer):
-        raise ValueError("the inner optimizer is a LocalOptimizer already")
-    if not isinstance(inner, Optimizer):
-        raise TypeError(f"inner must be a torch.optim.Optimizer, not {type(inner).__name__}")
-    if not callable(period):
-        raise TypeError(f"period must be a callable (step, lr) -> H, not {period!r}")
-    if getattr(period, "needs_lr", False):
-        group = inner.param_groups[0]
-        free = next((t.__name__ for t in type(inner).__mro__ if "ScheduleFree" in t.__name__), None)
-        if "lr" not in group or free:
-            raise ValueError(
-                f"{type(period).__name__} follows the decay of the learning rate, and "
-                f"{type(inner).__name__} has none: use Constant or PostLocal with it"
-            )
-
-
-def check_group(process_group: dist.ProcessGroup | None, *, alone: bool) -> None:
-    """Raise unless it is clear whom this process's replica meets."""
-    if alone and process_group is not None:
-        raise ValueError("alone=True and process_group exclude each other")
-    together = process_group is not None or (dist.is_available() and dist.is_initialized())
-    if not alone and not together and announced_ranks() > 1:
-        raise RuntimeError(
-            f"the launcher has started {announced_ranks()} processes (WORLD_SIZE), and "
-            "torch.distributed is not initialised: replicas would never meet. Call "
-            "torch.distributed.init_process_group() before building the optimizer, or give "
-            "alone=True to train each process by itself"
-        )
-
-
-def _check_modes(inner: Optimizer, sync: Rule, collective: Collective) -> None:
-    """Refuse an optimizer with an evaluation mode whose weights replicas would not agree on."""
-    if not callable(getattr(inner, "eval", None)) or collective.world_size == 1:
-        return
-    if not getattr(sync, "state_fields", ()):
-        raise ValueError(
-            f"{type(inner).__name__} evaluates other weights than it trains: they depend on its "
-            "state, which each replica has of its own, and replicas that agree in train() would "
-            "not in eval(). Average that state as well, for schedule-free optimizers with "
-            'sync=Average(state_fields=("z",))'
-        )
-
-
-def _check_order(
-    collective: Collective, inner: Optimizer, named: list[tuple[str, nn.Parameter]]
-) -> None:
-    """Raise if a rank has the parameters in another order, as their initial values show it."""
-    if collective.world_size == 1 or any("param_names" in g for g in inner.param_groups):
-        return
-    values = json.dumps([bits_of(p.detach()) for _, p in named])
-    told = [json.loads(text) for text in control.gather(collective, values)]
-    odd = [
-        rank
-        for rank, theirs in enumerate(told)
-        if theirs != told[0] and sorted(theirs) == sorted(told[0])
-    ]
-    if odd:
-        raise control.LayoutMismatchError(
-            f"{ranks_text(odd)} of {collective.world_size} gave the parameters in another order "
-            "than rank 0: their initial values are the same, at other places. Give model=, or the "
-            "parameters in one order"
-        )
-
-
 def _has_state(state: Mapping[str, Any]) -> bool:
     """Whether an optimizer's state has anything about a parameter."""
     return any(not isinstance(own, Mapping) or own for own in state["state"].values())
@@ -855,83 +758,6 @@ def _check_whole(state: Mapping[str, Any], place: Mapping[str, Any] | None) -> N
             "checkpoint loads into what is there, and a new optimizer has none yet. Save and load "
             "localopt.integrations.dcp.ReplicaState"
         )
-
-
-class _Empty(MutableMapping):
-    """The inner optimizer's state while there is none.
-
-    It counts as something: ``torch.distributed.checkpoint`` makes a step with an optimizer whose
-    state is nothing to look at what a step would make of it, and ours would begin a round.
-    """
-
-    def __init__(self, inner: Optimizer) -> None:
-        self._inner = inner
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __repr__(self) -> str:
-        return repr(self._inner.state)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is of the state alone
-        return self._inner.state.__reduce_ex__(protocol)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._inner.state[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._inner.state[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self._inner.state[key]
-
-    def __contains__(self, key: Any) -> bool:
-        return key in self._inner.state
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._inner.state)
-
-    def __len__(self) -> int:
-        return len(self._inner.state)
-
-    # MutableMapping's would make the entries that they look for.
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self._inner.state.get(key, default)
-
-    def setdefault(self, key: Any, default: Any = None) -> Any:
-        return self._inner.state.setdefault(key, default)
-
-    def pop(self, key: Any, *default: Any) -> Any:
-        return self._inner.state.pop(key, *default)
-
-
-def _named_parameters(inner: Optimizer, model: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
-    """The optimizer's parameters, each once, with the best names there are."""
-    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-    named: dict[int, tuple[str, nn.Parameter]] = {}
-    for g, group in enumerate(inner.param_groups):
-        given = group.get("param_names") or [f"group{g}.{i}" for i in range(len(group["params"]))]
-        for name, p in zip(given, group["params"], strict=True):
-            named.setdefault(id(p), (names.get(id(p), name), p))
-    return list(named.values())
-
-
-def _homes(
-    model: nn.Module | None, owned: set[int]
-) -> list[tuple[str, dict[str, nn.Parameter | None], str, nn.Parameter]]:
-    """Where the model keeps the parameters whose ids are ``owned``: looking there is cheap."""
-    return [
-        (f"{prefix}.{key}" if prefix else key, module._parameters, key, p)
-        for prefix, module in (model.named_modules() if model is not None else ())
-        for key, p in module._parameters.items()
-        if p is not None and id(p) in owned
-    ]
-
-
-def _describe(what: object) -> str:
-    """A text equal on all ranks for equal periods or rules: some print their address."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(what))
 
 
 def _is_number(loss: Any) -> bool:
