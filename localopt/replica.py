@@ -420,7 +420,9 @@ class Replica:
         if parameters:
             with torch.no_grad(), contextlib.suppress(RuntimeError):
                 for buffer in self.flat.buffers:
-                    buffer.data.fill_(math.nan)
+                    buffer.data.zero_()  # the gaps too, which stay zero when weights are loaded
+                for view in self.flat.views.values():
+                    view.fill_(math.nan)
         else:
             what = "what the rule keeps is lost, the parameters are what they were"
         reason = str(error) if isinstance(error, SyncError) else f"{self._at()} failed: {error!r}"
