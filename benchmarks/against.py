@@ -34,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.against", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("other", type=Path, help="folder of the other checkout")
+    here = Path(__file__).resolve().parent.parent
+    parser.add_argument(
+        "other", type=Path, nargs="?", default=here,
+        help="folder of the other checkout (default: this one, which shows the noise)",
+    )  # fmt: skip
     parser.add_argument("--numbers", type=int, default=86_567_656, help="parameters (ViT-B/16's)")
     parser.add_argument("--tensors", type=int, default=152)
     parser.add_argument("--ranks", type=int, default=2)
@@ -44,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (options.other / "localopt").is_dir():
         sys.exit(f"benchmarks.against: {options.other} has no folder localopt")
     pairs = 6 if options.short else options.pairs
-    here = Path(__file__).resolve().parent.parent
     checkouts = {"before": options.other, "again": options.other, "after": here}
     with tempfile.TemporaryDirectory() as folder:
         sides = {
