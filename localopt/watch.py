@@ -282,7 +282,10 @@ class _Post:
                 self._news()
             self.settled = self.verdict is not None
         except Exception as error:  # whatever a store raises, the other thread tells
-            self.error = error
+            if self.verdict is None:
+                self.error = error
+            else:  # the keeper had read that this rank knows it, and has gone
+                self.settled = True
         finally:
             del store  # closes its connection
             self._news()
