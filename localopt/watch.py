@@ -441,6 +441,8 @@ class Watch:
         in_order = kind is None or (isinstance(error, SystemExit) and not error.code)
         if not in_order:
             self.fail(f"{kind.__name__}: {error}" if str(error) else kind.__name__)
+            if self.verdict and self.first and not self.failed:
+                error.add_note(self.verdict)  # the threads are about to tell it, and come too late
         self.close()
 
     def close(self) -> None:
