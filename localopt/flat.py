@@ -9,6 +9,8 @@ storage cannot be resized.
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,8 +135,8 @@ class Memory:
         return square_norm(self.params)
 
     def fingerprint(self) -> int:
-        """A sum over the parameters' bits, the same for the same bits. Cost: one host sync."""
-        return _sum_of_bits(self.params)
+        """Of the parameters' bits: the same for the same bits. Cost: one read, one host sync."""
+        return _fingerprint([_sums_of_bits(x) for x in self.params])
 
     def total(self) -> Tensor:
         """As the function `total`, of what is averaged."""
@@ -201,10 +203,10 @@ class Flat(Memory):
                 )
 
     def sample(self) -> int:
-        """A sum over the bits of some elements of each parameter: cheap, and another one where
-        tensors were replaced. Cost: one host sync."""
+        """A fingerprint of some elements of each parameter: cheap, and another one where tensors
+        were replaced. Cost: one host sync."""
         parts = [x[at] for x, at in zip(self.params, self._sampled, strict=True) if len(at)]
-        return _sum_of_bits(parts)
+        return _fingerprint(parts)
 
     def spans(self) -> list[list[tuple[str, int, int]]]:
         """By buffer, where each parameter is among `params`: name, first and last element + 1."""
@@ -347,14 +349,29 @@ def _own_storage(part: Tensor) -> Tensor:
 
 
 def bits_of(x: Tensor) -> int:
-    """A sum over the bits of one tensor. Cost: one host sync."""
-    return _sum_of_bits([x.contiguous().reshape(-1)])
+    """A fingerprint of one tensor. Cost: one host sync."""
+    return _fingerprint([_sums_of_bits(x.contiguous().reshape(-1))])
 
 
-def _sum_of_bits(tensors: Sequence[Tensor]) -> int:
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = [x.view(whole[x.itemsize]).sum(dtype=torch.int64) for x in tensors]
-    return sum(int(part) for part in bits) % 2**62
+def _sums_of_bits(x: Tensor) -> Tensor:
+    """Sums of the bits of x (n,), of each place in a line of 64 bytes over a few lines: what is
+    changed, negated or moved elsewhere changes some of them. Up to 512 lines as they are."""
+    bits = x.view(torch.int16 if x.itemsize == 2 else torch.int32)  # whose sums do not overflow
+    places = ALIGNMENT // bits.itemsize
+    lines = len(bits) // places
+    few = max(1, lines // 256)
+    end = lines // few * few * places
+    sums = bits[:end].view(-1, few, places).sum(1, dtype=torch.int64)
+    return torch.cat([sums.view(-1), bits[end:].long()])
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> int:
+    """Of the bits of tensors: the same for the same bits. Cost: one host sync each."""
+    digest = hashlib.blake2b(digest_size=8)
+    for x in tensors:
+        held = x.cpu()
+        digest.update(ctypes.string_at(held.data_ptr(), held.nbytes))
+    return int.from_bytes(digest.digest(), signed=True)
 
 
 def _sampled(spans: Sequence[tuple[str, int, int]]) -> list[int]:

@@ -378,8 +378,9 @@ class LocalOptimizer(Optimizer):
 
     def _end_round(self) -> None:
         replica = self._replica
+        replica.flat.check_pointers()  # before the rule pulls what lives there no more
         self.sync.end_round()
-        replica.end_round()
+        replica.end_round(next_loss=True)  # recorded before what was owed
         if replica.uneven:
             self._warn_once(
                 "uneven",

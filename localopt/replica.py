@@ -163,15 +163,15 @@ class Replica:
         self.open = True
         self.start = self.flat.sample() if equal and self.collective.world_size > 1 else 0
 
-    def end_round(self) -> None:
-        """The round has ended."""
+    def end_round(self, *, next_loss: bool = False) -> None:
+        """The round has ended; ``next_loss``: what was recorded is the loss of the next one."""
         self.remaining = 0
         self.open = False
         self.round += 1
         self.traffic.syncs += 1
-        loss = self._step_loss  # of the step that follows, where the synchronisation was owed
+        loss = self._step_loss
         self._forget_round()
-        self._step_loss = loss
+        self._step_loss = loss if next_loss else None
 
     def _forget_round(self) -> None:
         self.last_lr = self.lr if hasattr(self, "_rates") else 0.0
@@ -656,6 +656,7 @@ class Replica:
     def _arrived(self, flight: _Flight) -> list[Tensor]:
         started = clock(self.device)
         headers = self._hear(flight.told)
+        headers_.check_start(headers)
         self._compare(headers)
         with self.told():
             flight.pending.wait()

@@ -1,9 +1,15 @@
-"""Gradients that somebody else averages: replicas never part, and local steps save nothing."""
+"""Gradients that somebody else averages at every step: local steps save nothing, and that is told.
+
+Once on each rank, after the second or third round; and never where there is another reason why
+replicas are equal.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,70 +17,200 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from localopt import EASGD, Constant, LocalAdamW, LocalOptimizer
+from localopt import EASGD, Average, Constant, LocalOptimizer, Streaming
+from localopt.elsewhere import averaged_elsewhere
+from tests.support import oracle
+from tests.support.contract import equal_on_all_ranks, every_case, new_rule
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.slow
 
 
-def told_of(rank: int, m: int, case: str) -> list[str]:
-    """What is said in eight rounds."""
+@dataclass(frozen=True)
+class Run:
+    """How a network is trained.
+
+    Args:
+        wraps: when the model is wrapped: "before" the optimizer is built, "after", or never ("").
+        rounds: H, and how many.
+    """
+
+    wraps: str = "after"
+    h: int = 2
+    rounds: int = 7
+    rule: Any = Average
+    named: bool = True
+    no_sync: bool = False
+    lr: float = 0.05
+    same_data: bool = False
+    by_hand: bool = False
+    losses: bool = False
+    check_finite: bool = True
+    alone: bool = False
+    frozen: bool = False
+
+
+def training(rank: int, setting: Run) -> list[tuple[int, str]]:
+    """What is warned of, with the rounds finished until then."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
-    wrapped = "ddp" in case
-    if case == "ddp first":
-        model = DistributedDataParallel(model)
-    options = {"sync": EASGD()} if "easgd" in case else {}
-    if "unscanned" in case:
-        options["check_finite"] = False
-    optimizer = LocalAdamW(
-        model.parameters(), 0.0 if "no rate" in case else 0.01, weight_decay=0.0,
-        period=Constant(1 if "h 1" in case else 3), **options,
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    called: nn.Module = model
+    if setting.wraps == "before":
+        called = DistributedDataParallel(model)
+    inner = torch.optim.SGD(called.parameters(), lr=setting.lr, momentum=0.9)
+    optimizer = LocalOptimizer(
+        inner, Constant(setting.h), setting.rule(), model=model if setting.named else None,
+        check_finite=setting.check_finite, alone=setting.alone,
     )  # fmt: skip
-    outer = DistributedDataParallel(model) if wrapped and case != "ddp first" else model
-    torch.manual_seed(7 if "same data" in case else rank)
+    if setting.wraps == "after":
+        called = DistributedDataParallel(model)
+    generator = torch.Generator().manual_seed(0 if setting.same_data else rank)
+    told = []
+    for _ in range(setting.h * setting.rounds):
+        optimizer.zero_grad()
+        with called.no_sync() if setting.no_sync else contextlib.nullcontext():
+            loss = called(torch.randn(5, 4, generator=generator)).square().mean()
+            loss.backward()
+        for p in model.parameters():
+            if setting.by_hand:
+                dist.all_reduce(p.grad)
+                p.grad /= 2
+            if setting.frozen:
+                p.grad.zero_()
+        if setting.losses or optimizer.sync.needs_loss:
+            optimizer.record_loss(loss)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        told += [(optimizer.round, str(w.message)) for w in caught]
+    parted = setting.no_sync or setting.alone or not (setting.wraps or setting.by_hand)
+    if not parted:
+        assert equal_on_all_ranks(torch.cat([p.detach().view(-1) for p in model.parameters()]))
+    return told
+
+
+WRAPPED = "DistributedDataParallel, in which the model is wrapped,"
+OUTSIDE = "something outside localopt"
+WARNED: dict[str, tuple[Run, str]] = {
+    "wrapped after": (Run(), WRAPPED),
+    "wrapped before": (Run("before", named=False), WRAPPED),
+    "nobody told of the model": (Run(named=False), WRAPPED),
+    "losses recorded": (Run(losses=True), WRAPPED),
+    "unchecked": (Run(check_finite=False), WRAPPED),
+    "long rounds": (Run(h=5), WRAPPED),
+    "behind training": (Run(rule=EASGD), WRAPPED),
+    "blocking": (Run(rule=lambda: EASGD(overlap=False), check_finite=False), WRAPPED),
+    "fragments": (Run(rule=lambda: Streaming(2), h=4), WRAPPED),
+    "by hand": (Run("", by_hand=True, losses=True), OUTSIDE),
+    "by hand, unchecked": (Run("", by_hand=True, losses=True, check_finite=False), OUTSIDE),
+    "by hand, behind training": (Run("", by_hand=True, losses=True, rule=EASGD), OUTSIDE),
+}
+
+
+def trainings(rank: int, m: int, names: list[str]) -> dict[str, list[tuple[int, str]]]:
+    settings = {**{name: setting for name, (setting, _) in WARNED.items()}, **QUIET}
+    return {name: training(rank, settings[name]) for name in names}
+
+
+def check_warned(
+    rank: int, told: list[tuple[int, str]], who: str, rounds: range, what: Any
+) -> None:
+    assert len(told) == 1, (what, told)
+    ((round_, text),) = told
+    assert round_ in rounds, (what, round_)
+    assert text.startswith(f"rank {rank}: all replicas were equal, bit for bit, after "), text
+    assert f": {who} averages gradients at every step" in text, (what, text)
+    assert "or train within its no_sync()" in text
+
+
+def test_it_is_told_once_on_each_rank() -> None:
+    for rank, told in enumerate(run(trainings, 2, list(WARNED))):
+        for name, (_, who) in WARNED.items():
+            first = 1 if name == "fragments" else 2  # several a round
+            late = "behind training" in name
+            check_warned(rank, told[name], who, range(first, 4 + late), name)
+
+
+def with_every_rule(rank: int, m: int) -> dict[Any, list[tuple[int, str]]]:
+    return {
+        (name, index): training(rank, Run(rule=lambda n=name, i=index: new_rule(n, i), rounds=9))
+        for name, index, _ in every_case()
+        if index in (0, len(oracle.CASES[name]) - 1)  # to look costs more than to train
+    }
+
+
+def test_it_is_told_with_every_rule() -> None:
+    """Where groups of one meet seldom, so much later."""
+    for rank, seen in enumerate(run(with_every_rule, 2)):
+        for (name, index), told in seen.items():
+            settings = oracle.CASES[name][index].settings_for(2)
+            every = settings["global_every"] if settings.get("group_size") == 1 else 1
+            last = 3 * every + oracle.CASES[name][index].delay
+            first = 1 if settings.get("fragments", 1) > 1 else 2
+            check_warned(rank, told, WRAPPED, range(first, last + 1), (name, index))
+
+
+QUIET: dict[str, Run] = {
+    "each its own": Run(""),
+    "each its own, with losses": Run("", losses=True),
+    "no_sync": Run(no_sync=True, losses=True),
+    "lr 0": Run("", lr=0.0, losses=True),
+    "lr 0, wrapped": Run(lr=0.0),
+    "no gradient": Run(frozen=True, losses=True),
+    "equal data": Run("", same_data=True),
+    "equal data, with losses": Run("", same_data=True, losses=True),
+    "equal data, behind training": Run("", same_data=True, losses=True, rule=EASGD),
+    "H = 1": Run(h=1, rounds=12),
+    "H = 1, behind training": Run(h=1, rounds=12, rule=EASGD),
+    "H = 1, by hand": Run("", h=1, rounds=12, by_hand=True, losses=True),
+    "by hand, and who would know": Run("", by_hand=True),
+    "alone": Run(alone=True, losses=True),
+}
+
+
+def test_nothing_is_told_where_nothing_is_wrong() -> None:
+    for told in run(trainings, 2, list(QUIET)):
+        assert told == {name: [] for name in QUIET}
+
+
+def test_one_rank() -> None:
+    """Wrapped or not: nobody to average with."""
+    (told,) = run(trainings, 1, ["losses recorded", "by hand", "long rounds"])
+    assert [*told.values()] == [[], [], []]
+
+
+def only_at_first(rank: int, m: int) -> list[str]:
+    """Replicas that are equal in the first rounds alone: nothing is looked for any more."""
+    p = nn.Parameter(torch.zeros(9))
+    optimizer = LocalOptimizer(torch.optim.SGD([p], lr=0.1), Constant(2))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(24):
-            with outer.no_sync() if "no_sync" in case else contextlib.nullcontext():
-                loss = outer(torch.randn(8, 6)).square().mean() * (0 if "zero" in case else 1)
-                loss.backward()
-            if "by hand" in case:
-                for p in model.parameters():
-                    dist.all_reduce(p.grad)
-            if "losses" in case:
-                optimizer.record_loss(loss.detach())
+        for step in range(24):
+            p.grad = torch.ones(9) * (1 + (step >= 6) * rank)
+            optimizer.record_loss(1.0 + rank * (step >= 6))
             optimizer.step()
-            optimizer.zero_grad()
-        optimizer.finish()
-    return [str(w.message) for w in caught if "bit for bit" in str(w.message)]
+            if step >= 6 and step % 2 == 0:
+                assert not equal_on_all_ranks(p.detach())
+    return [str(w.message) for w in caught]
 
 
-AVERAGED = {
-    "ddp": "DistributedDataParallel",
-    "ddp first": "DistributedDataParallel",
-    "ddp easgd": "DistributedDataParallel",
-    "ddp unscanned": "DistributedDataParallel",
-    "by hand, losses": "something outside localopt",
-}
-APART = ["local", "ddp no_sync", "ddp no rate", "ddp zero", "ddp h 1", "same data",
-         "same data, losses"]  # fmt: skip
+def test_replicas_that_part_later() -> None:
+    assert run(only_at_first, 2) == [[], []]
 
 
-@pytest.mark.parametrize("case", AVERAGED)
-def test_it_is_said_once(case: str) -> None:
-    for told in run(told_of, 2, case):
-        assert len(told) == 1 and f": {AVERAGED[case]}" in told[0], told
-        assert "after 3 local steps" in told[0] and "no_sync()" in told[0]
+def test_who_averages() -> None:
+    """What is known of it, without ranks."""
+    p = nn.Parameter(torch.ones(3))
+    assert averaged_elsewhere([p], [1.0, 2.0]) == OUTSIDE, "no gradients are left to look at"
+    p.grad = torch.zeros(3)
+    assert averaged_elsewhere([p], [1.0, 2.0]) is None
+    p.grad = torch.ones(3)
+    assert averaged_elsewhere([p], [1.0, 2.0]) == OUTSIDE
+    for losses in ([1.0, 1.0], [1.0, float("nan")], []):
+        assert averaged_elsewhere([p], losses) is None
 
 
-@pytest.mark.parametrize("case", APART)
-def test_no_false_alarm(case: str) -> None:
-    assert run(told_of, 2, case) == [[], []]
-
-
-def test_one_replica_has_nobody_to_average_with() -> None:
-    assert run(told_of, 1, "ddp") == [[]]
+# Steps that one replica skips.
 
 
 def skipped(rank: int, m: int, how: str) -> list[str]:

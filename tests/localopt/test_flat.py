@@ -259,3 +259,27 @@ def test_non_finite_fragments_are_named() -> None:
         for mean, own in zip(fragments.mean(k), fragments.of(flat.params, k), strict=True):
             mean.copy_(own)
         assert fragments.non_finite(k) == names
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 64, 1000, 300_000])
+def test_a_fingerprint_is_of_values_and_places(size: int, dtype: torch.dtype) -> None:
+    """What is changed, negated or moved has another; the bits that were have theirs again."""
+    first, second = (nn.Parameter(torch.randn(size).to(dtype)) for _ in range(2))
+    flat = flat_of(first, nn.Parameter(torch.ones(0)), second)
+    saved = first.detach().clone(), second.detach().clone()
+    known = [flat.fingerprint(), flat.sample()]
+    for change in (
+        lambda: first.neg_(),
+        lambda: first[-1].mul_(-2),
+        lambda: first[0].add_(1),
+        lambda: (first.copy_(saved[1]), second.copy_(saved[0])),
+        lambda: first.copy_(saved[0].flip(0)) if size > 1 else second.neg_(),
+    ):
+        with torch.no_grad():
+            change()
+            known.append(flat.fingerprint())
+            first.copy_(saved[0])
+            second.copy_(saved[1])
+        assert [flat.fingerprint(), flat.sample()] == known[:2]
+    assert len({*known}) == len(known) and all(-(2**63) <= x < 2**63 for x in known)

@@ -160,7 +160,7 @@ def taking_turns(rank: int, m: int) -> None:
         seen = []
         for together in (True, False):
             ones = One(*one_case), One(*other_case, seed=1)
-            acts = ["step"] * 7 + ["consensus", "step", "finish", "consensus"] + ["step"] * 5
+            acts = ["step"] * 7 + ["consensus", "step", "finish", "consensus"] + ["step"] * 3
             if together:
                 for act in acts:
                     for one in ones:

@@ -17,11 +17,12 @@ def held(optimizer: LocalOptimizer) -> list[Tensor]:
     """Copies of the parameters and of all that inner optimizer and rule keep, in a fixed order."""
     rule = optimizer.sync
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    vectors = [x for v in (*rule._anchors.values(), *rule._momenta.values()) for x in v.data]
+    vectors = [*rule._anchors.values(), *rule._momenta.values()]
+    kept = [view for vector in vectors for view in vector.views.values()]
     outer = getattr(rule, "outer_optimizer", None)
     states = [*optimizer.state.values(), *(outer.state.values() if outer else ())]
-    kept = [t for state in states for t in state.values() if isinstance(t, Tensor)]
-    return [t.detach().clone() for t in (*params, *vectors, *kept)]
+    kept += [t for state in states for t in state.values() if isinstance(t, Tensor)]
+    return [t.detach().clone() for t in (*params, *kept)]
 
 
 def same_or_nan(a: list[Tensor], b: list[Tensor]) -> bool:
