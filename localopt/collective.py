@@ -24,6 +24,7 @@ from . import ring
 
 RING_BYTES = 2**22  # below which one all_reduce is faster than a ring of messages
 _TAG = 0x10CA10  # of the first message: far from those that a user would choose
+_ROWS = _TAG - 1
 
 
 @dataclass
@@ -230,12 +231,10 @@ class Collective:
         return self.sum_(wholes)
 
     def _to_next(self, tensor: Tensor, number: int) -> dist.Work:
-        to = (self.rank + 1) % self.world_size
-        return dist.isend(tensor, group=self.group, tag=_TAG + number, group_dst=to)
+        return self._send(tensor, (self.rank + 1) % self.world_size, _TAG + number)
 
     def _from_last(self, tensor: Tensor, number: int) -> dist.Work:
-        source = (self.rank - 1) % self.world_size
-        return dist.irecv(tensor, group=self.group, tag=_TAG + number, group_src=source)
+        return self._receive(tensor, (self.rank - 1) % self.world_size, _TAG + number)
 
     def start_sum_(self, tensors: Sequence[Tensor]) -> Pending:
         """As `sum_`, but return at once; the tensors are not to be touched before `wait`."""
@@ -243,6 +242,30 @@ class Collective:
             return Pending([], 0)
         works = [dist.all_reduce(t, group=self.group, async_op=True) for t in tensors]
         return Pending(works, self._sum_bytes(tensors))
+
+    def start_rows_(self, rows: Tensor) -> Pending:
+        """Replace row j of ``rows`` (m, n), for the ranks j that a sum covers, by rank j's; return
+        at once. Other rows are zeros.
+
+        By messages where they can be, for a link's latency counts once: in a ring it counts
+        2 (m - 1) times. And they have numbers of their own, by which a collective of the program's
+        cannot take them for its.
+        """
+        if self.world_size == 1:
+            return Pending([], 0)
+        if dist.get_backend(self.group) != "gloo" or rows.device.type != "cpu":
+            return self.start_sum_([rows])
+        mine = rows[self.ranks[self.rank]]
+        others = [j for j in range(self.world_size) if j != self.rank]
+        works = [self._receive(rows[self.ranks[j]], j, _ROWS) for j in others]
+        works += [self._send(mine, j, _ROWS) for j in others]
+        return Pending(works, mine.nbytes * len(others))
+
+    def _send(self, tensor: Tensor, to: int, tag: int) -> dist.Work:
+        return dist.isend(tensor, group=self.group, tag=tag, group_dst=to)
+
+    def _receive(self, tensor: Tensor, source: int, tag: int) -> dist.Work:
+        return dist.irecv(tensor, group=self.group, tag=tag, group_src=source)
 
     def _sum_bytes(self, tensors: Sequence[Tensor]) -> int:
         payload = sum(tensor.nbytes for tensor in tensors)
@@ -277,8 +300,8 @@ class Collective:
         """gloo's own all_to_all may send before it tells others that it will receive: what tells
         them queues behind that, and a slow link works in one direction at a time."""
         others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
-        works = [dist.irecv(got[j], group=self.group, tag=_TAG, group_src=j) for j in others]
-        works += [dist.isend(shards[j], group=self.group, tag=_TAG, group_dst=j) for j in others]
+        works = [self._receive(got[j], j, _TAG) for j in others]
+        works += [self._send(shards[j], j, _TAG) for j in others]
         got[self.rank] = shards[self.rank]
         for work in works:
             work.wait()

@@ -305,7 +305,9 @@ class Replica:
             headers_.write(self._slots, self.collective.rank, mine, scan)
             try:
                 with self.told():
-                    sent += level.sum_([self._slots])
+                    rows = level.start_rows_(self._slots)
+                    rows.wait()
+                    sent += rows.bytes
             except CollectiveError:
                 if odd is not None:
                     raise odd from None
@@ -559,7 +561,7 @@ class Replica:
         mine = self._header(Kind.SYNC, started, (settings, fragment), own)
         headers_.write(slots, self.collective.rank, mine, self._scan(own))
         with self.told():
-            told = _Headers(self.collective.start_sum_([slots]), slots)
+            told = _Headers(self.collective.start_rows_(slots), slots)
             _of_group(_unread, self.collective).append(told)
             pending = self._flights.start_sum_([b.data for b in sent.buffers])
         travels = told.pending.bytes + pending.bytes

@@ -30,7 +30,6 @@ from localopt import (
     DiLoCo,
     LocalOptimizer,
     LocalSGD,
-    ReplicaMismatchError,
     Rule,
     Streaming,
     SyncError,
@@ -265,23 +264,22 @@ def test_a_call_within_a_call() -> None:
 
 
 STRAYS: dict[str, Callable[[int], Tensor]] = {
-    "floats": lambda m: torch.ones(4),
-    "bytes": lambda m: torch.full((m * SLOT,), 3, dtype=torch.uint8),
-    "zeros": lambda m: torch.zeros(m * SLOT, dtype=torch.uint8),
+    "less": lambda m: torch.ones(4),
+    "as much": lambda m: torch.full((m * SLOT,), 3, dtype=torch.uint8),
+    "more": lambda m: torch.ones(100_000),
 }
 
 
-def stray(rank: int, m: int, what: str, who: int, rule: str, patience: float) -> Any:
+def stray(rank: int, m: int, what: str, who: int, rule: str) -> Any:
     """Rank ``who`` sums something of its own, where the other synchronises."""
-    group = dist.new_group(timeout=timedelta(seconds=patience))
+    group = dist.new_group(timeout=timedelta(seconds=2))
     p = nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))
     sync = {"average": Average, "lsgd": LSGD, "easgd": EASGD}[rule]()
     optimizer = LocalSGD([p], 0.1, period=Constant(2), sync=sync, process_group=group)
-    started = time.monotonic()
     if rank == who:
         with suppress(RuntimeError):
             dist.all_reduce(STRAYS[what](m), group=group)
-        time.sleep(0.2)  # it goes on with something else
+        time.sleep(1)  # it goes on with something else
         return None
     with pytest.raises(SyncError) as caught:
         for _ in range(6):
@@ -292,26 +290,20 @@ def stray(rank: int, m: int, what: str, who: int, rule: str, patience: float) ->
     if rule == "average":
         assert torch.equal(p.detach(), before), "the parameters are what they were"
     assert bool(p.isfinite().all())
-    return type(caught.value), str(caught.value), time.monotonic() - started
+    return type(caught.value), str(caught.value)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rule", "what", "who"),
-    [*itertools.product(["average", "lsgd"], STRAYS, [0, 1]), ("easgd", "floats", 0)],
+    ("rule", "what", "who"), [*itertools.product(["average", "lsgd", "easgd"], STRAYS, [0, 1])]
 )
 def test_a_stray_collective(rule: str, what: str, who: int) -> None:
-    """"another collective ran in this process group": a line on the rank that synchronises. What
-    gloo does on the other is gloo's: where sizes differ, that process may be aborted."""
-    patience = 2.0 if rule == "easgd" else 60.0  # whose collectives are in a group of their own
-    outcome = outcomes_of(stray, 2, what, who, rule, patience)[1 - who]
-    assert outcome[0], outcome[1]
-    kind, text, seconds = outcome[1]
-    assert seconds < 30 and "\n" not in text
-    if what == "floats" or rule == "easgd":
-        assert kind is CollectiveError
-        assert f"rank {1 - who}: the synchronisation at step " in text
-        assert "or another collective ran in this process group" in text
-    else:
-        assert kind is ReplicaMismatchError and f"{who}" in text.split("brought")[0]
-        assert "another collective, of the program's own, ran in this process group" in text
+    """ "another collective ran in this process group": a line on the rank that synchronises, after
+    the group's time-out, whatever the other has summed."""
+    outcomes = outcomes_of(stray, 2, what, who, rule)
+    assert outcomes[who][0], outcomes[who][1]
+    assert outcomes[1 - who][0], outcomes[1 - who][1]
+    kind, text = outcomes[1 - who][1]
+    assert kind is CollectiveError and "\n" not in text
+    assert f"rank {1 - who}: the synchronisation at step " in text
+    assert "or another collective ran in this process group" in text
