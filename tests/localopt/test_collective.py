@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
 import pytest
@@ -42,6 +43,11 @@ def every_collective(rank: int, m: int) -> dict[str, tuple[list[list[float]], in
     seen["exchanged"] = got.tolist(), sent
     rows = torch.zeros(m, 6, dtype=torch.float64)
     rows[rank] = rank + 1.0
+    pending = group.start_rows_(rows)
+    pending.wait()
+    seen["rows behind"] = rows.tolist(), pending.bytes
+    rows = torch.zeros(m, 6, dtype=torch.float64)
+    rows[rank] = rank + 1.0
     sent = group.gather_shards_(rows)
     seen["gathered"] = rows.tolist(), sent
     return seen
@@ -61,13 +67,36 @@ def test_what_arrives_and_what_is_sent(m: int) -> None:
             "from rank 1": ([[2.0] * n for n in SIZES], (m - 1) * payload // m),
             "behind": ([[float(total)] * n for n in SIZES], ring),
             "exchanged": (rows, shards),
+            "rows behind": (rows, shards),
             "gathered": (rows, shards),
         }
 
 
+def late(rank: int, m: int) -> tuple[bool, list[float], list[list[float]]]:
+    """Rank 1 takes its time; what the others have once they have waited."""
+    group = Collective()
+    x, rows = torch.full((4,), rank + 1.0), torch.zeros(m, 2)
+    rows[rank] = rank + 1.0
+    if rank == 1:
+        time.sleep(0.5)
+    total, told = group.start_sum_([x]), group.start_rows_(rows)
+    there = total.done()
+    total.wait()
+    told.wait()
+    return there, x.tolist(), rows.tolist()
+
+
+def test_what_runs_behind_is_waited_for() -> None:
+    """What is read after `wait` is whole, also where a rank comes late."""
+    whole = [3.0] * 4, [[1.0] * 2, [2.0] * 2]
+    first, second = run(late, 2)
+    assert not first[0]
+    assert first[1:] == second[1:] == whole
+
+
 def test_one_rank_sends_nothing() -> None:
     (seen,) = run(every_collective_alone, 1)
-    assert seen == [0, 0, 0, 0, 0, 0]
+    assert seen == [0] * 7
 
 
 def every_collective_alone(rank: int, m: int) -> list[int]:
@@ -75,7 +104,7 @@ def every_collective_alone(rank: int, m: int) -> list[int]:
     rows, sent = group.exchange_shards(x)
     assert torch.equal(rows, torch.ones(2, 3))
     told = [group.sum_([x]), group.mean_([x], [x]), group.broadcast_([x]), sent]
-    told += [group.gather_shards_(x), group.start_sum_([x]).bytes]
+    told += [group.gather_shards_(x), group.start_sum_([x]).bytes, group.start_rows_(x).bytes]
     assert torch.equal(x, torch.ones(2, 3))
     return told
 

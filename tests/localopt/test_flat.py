@@ -57,6 +57,7 @@ def test_layout(shapes: list[Any], world_size: int) -> None:
         assert (p == i + 2).all(), "overlaps another"
     held = sum(int((b.params != 0).sum()) for b in flat.buffers)
     assert held == sum(p.numel() for p in params), "gaps are zeros"
+    assert all(torch.equal(b.params, b.averaged) for b in flat.buffers), "nothing lies beside"
     flat.check_pointers()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,13 @@ def test_a_changed_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     folder = checkpoint_of(tmp_path, model="resnet18", resolution=32, blurpool=True)
     line = exported(capsys, folder, "--out", tmp_path / "weights.pt")
     assert "with blurpool, which no plain library has" in line
+
+
+def test_as_a_command(tmp_path: Path) -> None:
+    """``python -m training.export``."""
+    command = [sys.executable, "-m", "training.export", str(tmp_path / "nowhere")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert ended.returncode != 0 and "nowhere" in ended.stderr
 
 
 def test_what_cannot_be_exported_is_one_line(
