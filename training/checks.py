@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from .config import Config, ConfigError
 from .evaluate import has_batch_norm
-from .models import takes_any_resolution
+from .models import gains_by_compiling, takes_any_resolution
 
 
 def with_fitting_batches(config: Config, replicas: int) -> Config:
@@ -52,6 +53,14 @@ def with_resolution(config: Config, side: int | None) -> Config:
     if side is None:
         raise ConfigError(f"resolution is -1: images of {config.data} differ in size; give one")
     return dataclasses.replace(config, resolution=side)
+
+
+def with_compile(config: Config, device: torch.device) -> Config:
+    """``config`` saying whether to compile the model, where it leaves that to the ``device``."""
+    if config.compile is not None:
+        return config
+    gains = device.type != "cpu" and gains_by_compiling(config.model)
+    return dataclasses.replace(config, compile=gains)
 
 
 def check_model(config: Config, model: nn.Module, replicas: int) -> None:

