@@ -6,11 +6,14 @@ from `order` and `augment`, and handed to FFCV's decoder as columns of the sampl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -104,6 +107,7 @@ class Beton:
         boxes: np.ndarray,
         flips: np.ndarray | None = None,
         seeds: np.ndarray | None = None,
+        pace: Pace | None = None,
     ) -> Iterator[Batch]:
         """The chosen samples in the given order; the last batch may be smaller.
 
@@ -114,6 +118,7 @@ class Beton:
             boxes: (m, 4) their crops: top, left, height, width in pixels of the stored image.
             flips: (m,) bool, which to mirror; None for none.
             seeds: (m,) uint64 for RandAugment; None for zeros.
+            pace: where to count how fast this goes.
 
         Raises:
             ValueError: an index is out of range or given twice, or a box leaves its padded image.
@@ -129,11 +134,11 @@ class Beton:
             samples["flip"][indices] = flips
         if seeds is not None:
             samples["seed"][indices] = seeds
-        return self._iterate(np.ascontiguousarray(indices, np.int64), table)
+        return self._iterate(np.ascontiguousarray(indices, np.int64), table, pace or Pace())
 
-    def _iterate(self, indices: np.ndarray, table: np.ndarray) -> Iterator[Batch]:
+    def _iterate(self, indices: np.ndarray, table: np.ndarray, pace: Pace) -> Iterator[Batch]:
         self._loader.reader.metadata = table
-        epoch = _Epoch(self._loader, indices)
+        epoch = _Epoch(self._loader, indices, pace)
         position = 0
         try:
             for pixels in epoch:
@@ -175,6 +180,21 @@ class Beton:
             self._randaugment.apply(nothing, np.empty(0, np.uint64))
 
 
+@dataclass
+class Pace:
+    """How the loader has kept up with training in an epoch, after its first batch.
+
+    Attributes:
+        images: that it has made.
+        seconds: in which it made them.
+        waited: seconds that training waited for it.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
 class TrainData:
     """The training part: shuffled, randomly cropped and flipped, cut into ranks and micro-batches.
 
@@ -208,6 +228,7 @@ class TrainData:
         micro_batches: per step on this rank.
         steps_per_epoch: whole global batches in an epoch, or, which is as many, whole batches in a
             rank's own shard.
+        pace: of the last `epoch`.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -258,6 +279,7 @@ class TrainData:
             shards = order.label_shards(self._beton.labels, world_size, label_skew, seed)
             self._own = shards[rank]
         self.steps_per_epoch = self.images // total_batch
+        self.pace = Pace()
 
     def epoch(self, epoch: int, start_step: int = 0, steps: int | None = None) -> Iterator[Batch]:
         """This rank's micro-batches of an epoch, `micro_batches` for each step.
@@ -270,7 +292,9 @@ class TrainData:
         Raises:
             ValueError: the epoch doesn't have these steps.
         """
-        return self._augmented(self._indices(epoch, start_step, steps), self._seed, epoch)
+        self.pace = Pace()
+        indices = self._indices(epoch, start_step, steps)
+        return self._augmented(indices, self._seed, epoch, self.pace)
 
     def _indices(self, epoch: int, start_step: int, steps: int | None) -> np.ndarray:
         if self._own is None:
@@ -315,7 +339,9 @@ class TrainData:
             indices = whole.reshape(len(number), self._physical_batch)[mine].reshape(-1)
             yield from self._augmented(indices, seed, epoch)
 
-    def _augmented(self, indices: np.ndarray, seed: int, epoch: int) -> Iterator[Batch]:
+    def _augmented(
+        self, indices: np.ndarray, seed: int, epoch: int, pace: Pace | None = None
+    ) -> Iterator[Batch]:
         def boxes(some: np.ndarray) -> np.ndarray:
             sizes = self._beton.heights[some], self._beton.widths[some]
             if self._padding:
@@ -333,7 +359,7 @@ class TrainData:
             flips = augment.flip(order.draws(seed, epoch, indices, 1, Stream.FLIP)[:, 0])
         seeds = order.bits(seed, epoch, indices, 1, Stream.PIXELS)[:, 0]
         crops = _in_chunks(boxes, indices)
-        return self._beton.batches(indices, crops, flips, seeds)
+        return self._beton.batches(indices, crops, flips, seeds, pace)
 
 
 class ValData:
@@ -400,6 +426,18 @@ class _Epoch(EpochIterator):
 
     error: Exception | None = None
 
+    def __init__(self, loader: Loader, indices: np.ndarray, pace: Pace) -> None:
+        self._pace, self._asked = pace, 0
+        super().__init__(loader, indices)  # starts the thread
+
+    def run_pipeline(self, number: int, indices: np.ndarray, *slot: Any) -> Any:
+        started = time.perf_counter()
+        made = super().run_pipeline(number, indices, *slot)
+        if number:
+            self._pace.images += len(indices)
+            self._pace.seconds += time.perf_counter() - started
+        return made
+
     def run(self) -> None:
         try:
             super().run()
@@ -408,8 +446,13 @@ class _Epoch(EpochIterator):
             self.output_queue.put(None)
 
     def __next__(self) -> np.ndarray:
+        started = time.perf_counter()
         try:
-            return super().__next__()[0]
+            batch = super().__next__()[0]
+            if self._asked:
+                self._pace.waited += time.perf_counter() - started
+            self._asked += 1
+            return batch
         except StopIteration:
             if self.error is not None:
                 raise self.error from None

@@ -240,7 +240,8 @@ class Collective:
         """As `sum_`, but return at once; the tensors are not to be touched before `wait`."""
         if self.world_size == 1:
             return Pending([], 0)
-        works = [dist.all_reduce(t, group=self.group, async_op=True) for t in tensors]
+        with waiting:
+            works = [dist.all_reduce(t, group=self.group, async_op=True) for t in tensors]
         return Pending(works, self._sum_bytes(tensors))
 
     def start_rows_(self, rows: Tensor) -> Pending:
@@ -257,8 +258,9 @@ class Collective:
             return self.start_sum_([rows])
         mine = rows[self.ranks[self.rank]]
         others = [j for j in range(self.world_size) if j != self.rank]
-        works = [self._receive(rows[self.ranks[j]], j, _ROWS) for j in others]
-        works += [self._send(mine, j, _ROWS) for j in others]
+        with waiting:  # it may fail here where a rank has gone
+            works = [self._receive(rows[self.ranks[j]], j, _ROWS) for j in others]
+            works += [self._send(mine, j, _ROWS) for j in others]
         return Pending(works, mine.nbytes * len(others))
 
     def _send(self, tensor: Tensor, to: int, tag: int) -> dist.Work:

@@ -339,6 +339,20 @@ class Engine:
         return contextlib.nullcontext()
 
 
+class OutOfMemoryError(RuntimeError):
+    """The GPU's memory does not hold a step."""
+
+
+def out_of_memory(batch: int, error: torch.OutOfMemoryError) -> OutOfMemoryError:
+    """Say what would fit, where ``batch`` images at a time do not."""
+    smaller = f"give --physical-batch-size {batch // 2} or less, and gradients add up as before"
+    told = next(iter(str(error).strip().splitlines()), "")
+    return OutOfMemoryError(
+        f"the GPU has too little memory for {batch} images at a time"
+        f"{': ' + smaller if batch > 1 else ''} ({told})"
+    )
+
+
 def leave() -> None:
     """Leave the process group together: gloo aborts ranks that leave one by one."""
     dist.barrier()

@@ -39,6 +39,7 @@ def train(run: Run) -> None:
                 evaluate_consensus(run, step)
             if saving_due(run, step, end):
                 save(run, step)
+        run.recorder.epoch_ended(run.train_data.pace)
     optimizer.finish()
     if step and (run.update_ema(step) or run.recorder.evaluated_at != step):
         evaluate_consensus(run, step)

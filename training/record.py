@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from data.loaders import Pace
 from localopt import LocalOptimizer, control
 from localopt.collective import Collective
 
@@ -243,6 +244,8 @@ class Recorder:
         self._pending: list[Measures] = []
         self._started = time.perf_counter()
         self._paused = 0.0
+        self._first_step: float | None = None  # when this process made it, pauses left out
+        self._epochs = 0
         kept = self._take_up(start) if start.recorder else None
         self._sinks: list[Sink] = []
         self._lock: BinaryIO | None = None
@@ -304,6 +307,8 @@ class Recorder:
 
     def step(self, step: int, lr: float, measures: Measures) -> None:
         """A step is finished."""
+        if self._first_step is None:
+            self._first_step = time.perf_counter() - self._paused
         self._pending.append(measures)
         self._bar.update()
         self._synchronised(step)
@@ -348,6 +353,15 @@ class Recorder:
             raise DivergedError(
                 f"the training loss is {loss} at step {step}: lower max_lr, or clip with clip_norm"
             )
+
+    def epoch_ended(self, pace: Pace) -> None:
+        """An epoch is over: say after the first one if training waits for images."""
+        self._epochs += 1
+        if self._epochs > 1 or self._first_step is None or self.place.rank != 0:
+            return
+        seconds = time.perf_counter() - self._paused - self._first_step
+        if told := waiting_for_images(pace, seconds, self.config.nw):
+            tqdm.write(told, file=sys.stdout)
 
     def evaluated(
         self, step: int, evaluation: Evaluation, average: Evaluation | None, seconds: float
@@ -446,6 +460,19 @@ class Recorder:
     def _write(self, record: dict[str, Any]) -> None:
         for sink in self._sinks:
             sink.write(record)
+
+
+def waiting_for_images(pace: Pace, seconds: float, workers: int) -> str | None:
+    """What to say of an epoch of so many ``seconds`` if more than a tenth went to waiting."""
+    if not pace.seconds or seconds < 1 or pace.waited < 0.1 * seconds:
+        return None
+    made = pace.images / pace.seconds
+    could = pace.images / max(seconds - pace.waited, 1e-9)
+    return (
+        f"training waits for images {pace.waited / seconds:.0%} of the time: a replica's loader "
+        f"gives {made:,.0f} images/s, its steps could take {could:,.0f}. Raise nw (now {workers}) "
+        "where the host has more cores, or store smaller images"
+    )
 
 
 def _told(evaluation: Evaluation, average: Evaluation | None) -> dict[str, float]:

@@ -115,6 +115,9 @@ def assembled(config: Config) -> Iterator[Run]:
     try:
         with watch, _assembled(config, deepspeed, place, collective, watch) as run:
             yield run
+    except torch.OutOfMemoryError as error:
+        batch = checks.with_fitting_batches(config, collective.world_size).physical_batch_size
+        raise engine.out_of_memory(batch, error) from error
     except Exception as error:
         own = isinstance(error, OWN_ERRORS) and not isinstance(error, CollectiveError)
         if watch.verdict and not watch.failed and not own:
@@ -125,7 +128,8 @@ def assembled(config: Config) -> Iterator[Run]:
 
 # Errors that tell by themselves what is wrong, mostly on all ranks alike.
 OWN_ERRORS = (
-    ConfigError, DataError, LayoutMismatchError, SyncError, record.DivergedError, SaveError,
+    ConfigError, DataError, LayoutMismatchError, SyncError, engine.OutOfMemoryError,
+    record.DivergedError, SaveError,
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -254,3 +255,23 @@ def test_numpys_random_state_is_left_alone(raw):
 def test_the_description_survives_a_round_trip(folder):
     dataset = Dataset.load(folder / "dataset.json")
     assert dataset.dump() == (folder / "dataset.json").read_text()
+
+
+def test_the_pace_tells_who_waits(folder, monkeypatch):
+    """A slow loader is waited for, a slow step is not; the first batch does not count."""
+    data, slow, fast = train_data(folder), 0.03, loaders.EpochIterator.run_pipeline
+
+    def slowly(self, *args):
+        time.sleep(slow)
+        return fast(self, *args)
+
+    for _ in data.epoch(0):
+        time.sleep(slow)
+    assert data.pace.images == 11 * 4 and data.pace.waited < 11 * slow / 2
+    monkeypatch.setattr(loaders.EpochIterator, "run_pipeline", slowly)
+    for _ in data.epoch(0):
+        pass
+    assert data.pace.images == 11 * 4
+    assert 11 * slow / 2 < data.pace.waited <= data.pace.seconds + 1
+    list(data.estimation(0, 2))
+    assert data.pace.images == 11 * 4, "of the epoch"

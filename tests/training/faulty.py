@@ -26,6 +26,8 @@ def step(self: engine.Engine, micro_batches: Any, **options: Any) -> engine.Meas
     fault = os.environ["FAULT"] if steps == 3 and torch.distributed.get_rank() == 1 else ""
     if fault == "bug":
         raise KeyError("a bug of ours")
+    if fault == "out of memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
     if fault == "hang":
         time.sleep(1000)
     measures = healthy_step(self, micro_batches, **options)

@@ -72,6 +72,7 @@ def test_a_rank_that_dies_or_is_stopped_ends_the_run(
     [
         ("bug", [3, 1], "KeyError: 'a bug of ours'"),
         ("hang", [3, 3], "rank 1 on * hangs (training at step 3, without progress"),
+        ("out of memory", [3, 2], "images at a time: give --physical-batch-size * or less"),
         ("nan loss", [3, 2], "DivergedError: the training loss is nan at step 5"),
         ("nan parameters", [2, 2], "rank 1 brought NaN or infinity into the synchronisation at"),
         ("another H", [2, 2], "rank 1"),
