@@ -1,30 +1,50 @@
-"""Images per second of a training step, and what share of the device's peak that is.
+"""A whole training step of the program beside a bare PyTorch loop: images per second, MFU, memory.
 
-    python -m benchmarks.throughput                          # ViT-B/16 and ResNet-50, bf16
-    python -m benchmarks.throughput --short                  # small models, to see that it runs
-    python -m benchmarks.throughput --peak-tflops 71 --compile
+    python -m benchmarks.throughput                  # ViT-B/16, ResNet-50; bf16; compiled and not
+    python -m benchmarks.throughput --short          # small models, to see that it runs
+    python -m benchmarks.throughput --peak-tflops 71 --deterministic
 
 One replica through the training program's own engine, on images that are already on the device: the
 compute path alone, without loading and without communication. A step is forward, loss, backward,
-and AdamW or SGD with the recipe's settings; losses are read once, at the end of a repeat. FLOPs are
-those of the model's matrix products and convolutions, counted by torch, backward included.
+and AdamW or SGD with the recipe's settings; losses are read once, at the end of a repeat. The bare
+loop has the same model, autocast and a fused optimizer, and takes turns with ours. FLOPs are those
+of the model's matrix products and convolutions, counted by torch, backward included. Memory is the
+peak beyond what was there before.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from localopt.collective import clock
 from training import engine, models, optimizers
 from training.config import Config, load
 from training.lr import Schedule
+
+Step = Callable[[Tensor, Tensor], Tensor]  # images and labels to the loss
+
+
+@dataclass
+class Row:
+    """One way's images per second, and its peak memory in bytes."""
+
+    peak: int
+    figures: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.figures)
+
 
 # Dense bf16, from NVIDIA's data sheets.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
@@ -38,24 +58,69 @@ SMALL = {
 }
 
 
-def images_per_second(config: Config, place: engine.Place, repeats: int, steps: int) -> list[float]:
-    """One figure per repeat, of ``steps`` steps each, after one that is not counted."""
-    model = models.build(
+def ours(config: Config, place: engine.Place) -> Step:
+    """A step of the program's engine, in mid-round."""
+    model = new_model(config, place)
+    optimizer = optimizers.build(config, model, Schedule.of(config, 1_000_000))
+    trainer = engine.Engine(config, model, optimizer, world_size=1)
+    return lambda images, labels: trainer.step([(images, labels)]).loss
+
+
+def bare(config: Config, place: engine.Place) -> Step:
+    """What one would write without the program."""
+    model = new_model(config, place)
+    if config.optimizer.endswith("sgd"):
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            model.parameters(), config.max_lr, config.momentum, weight_decay=config.wd, fused=True
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), config.max_lr, weight_decay=config.wd, fused=True
+        )
+    if config.compile:
+        model.compile()
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(place.device.type, torch.bfloat16):
+            logits = model(images)
+        loss = functional.cross_entropy(
+            logits.float(), labels, label_smoothing=config.label_smoothing
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def new_model(config: Config, place: engine.Place) -> nn.Module:
+    return models.build(
         config.model, classes=1000, resolution=224, seed=0, channels_last=config.channels_last
     ).to(place.device)
-    optimizer = optimizers.build(config, model, Schedule.of(config, steps))
-    trainer = engine.Engine(config, model, optimizer, world_size=1)
+
+
+def compared(config: Config, place: engine.Place, repeats: int, steps: int) -> list[Row]:
+    """Ours and the bare loop: images per second of each repeat, of ``steps`` steps each."""
     batch = config.physical_batch_size
     images = torch.randn(batch, 3, 224, 224, device=place.device)
     images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
     labels = torch.randint(1000, (batch,), device=place.device)
-    figures = []
-    for _ in range(repeats + 1):
-        before = _now(place)
-        losses = [trainer.step([(images, labels)]).loss for _ in range(steps)]
-        assert torch.stack(losses).isfinite().all()
-        figures.append(batch * steps / (_now(place) - before))
-    return figures[1:]
+    ways, rows = [], []
+    for make in (ours, bare):
+        held = _reset_peak(place)
+        step = make(config, place)
+        for _ in range(3):  # compiles, allocates, chooses kernels
+            assert step(images, labels).isfinite()
+        ways.append(step)
+        rows.append(Row(peak=_peak(place) - held))
+    for _ in range(repeats):
+        for step, row in zip(ways, rows, strict=True):
+            before = _now(place)
+            losses = [step(images, labels) for _ in range(steps)]
+            assert torch.stack(losses).isfinite().all()
+            row.figures.append(batch * steps / (_now(place) - before))
+    return rows
 
 
 def flops_per_image(name: str) -> float:
@@ -73,36 +138,58 @@ def _now(place: engine.Place) -> float:
     return clock(place.device)
 
 
+def _reset_peak(place: engine.Place) -> int:
+    if place.device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(place.device)
+    return torch.cuda.memory_allocated(place.device)
+
+
+def _peak(place: engine.Place) -> int:
+    return torch.cuda.max_memory_allocated(place.device) if place.device.type == "cuda" else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
     parser.add_argument("--short", action="store_true", help="small models, few steps")
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the last column")
+    parser.add_argument("--deterministic", action="store_true", help="with the program's setting")
     options = parser.parse_args(arguments)
     chosen = SMALL if options.short else RECIPES
     repeats, steps = (3, 2) if options.short else (7, 20)
-    place, rows = None, []
-    for name, (recipe, batch) in chosen.items():
+    place = None
+    for (name, (recipe, batch)), compiled in itertools.product(chosen.items(), (False, True)):
         config = load(["--recipe-pth", recipe, "--model", name])
         config = replace(
-            config, physical_batch_size=batch, total_batch_size=batch, compile=options.compile
+            config, physical_batch_size=batch, total_batch_size=batch, compile=compiled,
+            deterministic=options.deterministic,
+        )  # fmt: skip
+        if place is None:
+            place = engine.start(config)
+            _print_head(place, options.deterministic, repeats)
+        device = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
+        known = next((value for key, value in PEAK_TFLOPS.items() if key in device), None)
+        peak, flops = options.peak_tflops or known, flops_per_image(name)
+        mine, other = compared(config, place, repeats, steps)
+        share = f"{mine.median * flops / peak / 1e12:.1%}" if peak else "peak unknown"
+        ratio = statistics.median(a / b for a, b in zip(mine.figures, other.figures, strict=True))
+        print(
+            f"| {name} | {batch} | {'yes' if compiled else 'no'} | {mine.median:,.1f} | "
+            f"{other.median:,.1f} | {ratio:.3f} | {share} | {mine.peak / 2**30:.2f} | "
+            f"{other.peak / 2**30:.2f} |",
+            flush=True,
         )
-        place = place or engine.start(config)
-        figures = images_per_second(config, place, repeats, steps)
-        rows.append((name, batch, statistics.median(figures), figures, flops_per_image(name)))
+
+
+def _print_head(place: engine.Place, deterministic: bool, repeats: int) -> None:
     device = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
-    peak = options.peak_tflops
-    if peak is None:
-        peak = next((value for key, value in PEAK_TFLOPS.items() if key in device), None)
-    print(f"{device}, torch {torch.__version__}, bf16, compile {options.compile}, "
-          f"medians of {repeats}, {time.strftime('%Y-%m-%d')}\n")  # fmt: skip
-    print("| model | batch | images/s (least to most) | GFLOP per image | MFU |")
-    print("|---|---|---|---|---|")
-    for name, batch, median, figures, flops in rows:
-        share = f"{median * flops / peak / 1e12:.1%}" if peak else "peak unknown"
-        span = f"{median:,.1f} ({min(figures):,.1f} to {max(figures):,.1f})"
-        print(f"| {name} | {batch} | {span} | {flops / 1e9:.1f} | {share} |")
+    told = ", deterministic" if deterministic else ""
+    print(f"{device}, torch {torch.__version__}, bf16{told}, medians of {repeats}, "
+          f"{time.strftime('%Y-%m-%d')}\n")  # fmt: skip
+    print("| model | batch | compiled | ours, images/s | bare, images/s | ours / bare | MFU | "
+          "ours, GiB | bare, GiB |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
 
 
 if __name__ == "__main__":

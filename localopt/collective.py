@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,21 +88,33 @@ waiting = Waiting()
 class Pending:
     """A sum that runs behind training.
 
+    What cannot even be launched, for another rank has gone, fails when it is waited for, as what
+    fails on its way does.
+
     Args:
-        works: what was launched.
+        launches: what to launch.
         sent: bytes that this rank sends for it.
     """
 
-    def __init__(self, works: Sequence[dist.Work], sent: int) -> None:
-        self._works, self.bytes = works, sent
+    def __init__(self, launches: Iterable[Callable[[], dist.Work]], sent: int) -> None:
+        self.bytes = sent
+        self._works: list[dist.Work] = []
+        self._failed: RuntimeError | None = None
+        try:
+            for launch in launches:
+                self._works.append(launch())
+        except RuntimeError as error:
+            self._failed = error
 
     def done(self) -> bool:
         """Whether it has ended, without waiting."""
-        return all(work.is_completed() for work in self._works)
+        return self._failed is not None or all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
         """Wait until it has ended; on a GPU, make the current stream wait."""
         with waiting:
+            if self._failed is not None:
+                raise self._failed
             for work in self._works:
                 work.wait()
 
@@ -240,9 +253,8 @@ class Collective:
         """As `sum_`, but return at once; the tensors are not to be touched before `wait`."""
         if self.world_size == 1:
             return Pending([], 0)
-        with waiting:
-            works = [dist.all_reduce(t, group=self.group, async_op=True) for t in tensors]
-        return Pending(works, self._sum_bytes(tensors))
+        all_reduce = partial(dist.all_reduce, group=self.group, async_op=True)
+        return Pending([partial(all_reduce, t) for t in tensors], self._sum_bytes(tensors))
 
     def start_rows_(self, rows: Tensor) -> Pending:
         """Replace row j of ``rows`` (m, n), for the ranks j that a sum covers, by rank j's; return
@@ -258,10 +270,9 @@ class Collective:
             return self.start_sum_([rows])
         mine = rows[self.ranks[self.rank]]
         others = [j for j in range(self.world_size) if j != self.rank]
-        with waiting:  # it may fail here where a rank has gone
-            works = [self._receive(rows[self.ranks[j]], j, _ROWS) for j in others]
-            works += [self._send(mine, j, _ROWS) for j in others]
-        return Pending(works, mine.nbytes * len(others))
+        launches = [partial(self._receive, rows[self.ranks[j]], j, _ROWS) for j in others]
+        launches += [partial(self._send, mine, j, _ROWS) for j in others]
+        return Pending(launches, mine.nbytes * len(others))
 
     def _send(self, tensor: Tensor, to: int, tag: int) -> dist.Work:
         return dist.isend(tensor, group=self.group, tag=tag, group_dst=to)

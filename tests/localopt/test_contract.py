@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,13 @@ def runs(name: str) -> list[tuple[tuple[int, str], str, torch.dtype]]:
 # Matches its oracle.
 
 
-def follow(rank: int, m: int, name: str, problem: oracle.Quadratics) -> dict:
+def follow(
+    rank: int, m: int, name: str, problem: oracle.Quadratics, device: str = "cpu"
+) -> dict:
     """Every combination of case, inner optimizer, period and type; what this rank saw."""
     seen = {}
     for (index, inner), period, dtype in runs(name):
-        model = Model(dtype)
+        model = Model(dtype).to(device)
         model.set_vector(torch.as_tensor(problem.x0) + rank)  # rank 0's must win
         double = dtype == torch.float64
         optimizer = local_optimizer(
@@ -68,14 +71,14 @@ def follow(rank: int, m: int, name: str, problem: oracle.Quadratics) -> dict:
             local_step(optimizer, model, problem, rank, step)
             if fresh:
                 hs.append(optimizer.h)
-            xs.append(model.vector().double().numpy().copy())
+            xs.append(model.vector().double().cpu().numpy().copy())
             if optimizer.synced:
                 ends.append(step + 1)
                 drifts.append(optimizer.drift)
             if double and step % 4 == 1:
                 before = everything(optimizer, model)
                 with optimizer.consensus():
-                    consensus.append(model.vector().numpy().copy())
+                    consensus.append(model.vector().cpu().numpy().copy())
                 assert same_bits(before, everything(optimizer, model)), f"not restored: {step}"
         rounds = optimizer.round
         optimizer.finish()
@@ -86,7 +89,7 @@ def follow(rank: int, m: int, name: str, problem: oracle.Quadratics) -> dict:
             "ends": ends,
             "hs": hs,
             "drifts": drifts,
-            "finished": model.vector().double().numpy().copy(),
+            "finished": model.vector().double().cpu().numpy().copy(),
         }
     return seen
 
@@ -100,7 +103,11 @@ def test_matches_its_oracle(name: str, m: int) -> None:
     0: one replica, without torch.distributed.
     """
     problem = oracle.Quadratics.make(m or 1, SIZE, seed=m)
-    ranks = run(follow, m, name, problem) if m else [follow(0, 1, name, problem)]
+    check(run(follow, m, name, problem) if m else [follow(0, 1, name, problem)], name, problem)
+
+
+def check(ranks: list[dict], name: str, problem: oracle.Quadratics) -> None:
+    """What the ranks saw, beside the oracles."""
     for (index, inner), period, dtype in runs(name):
         case = oracle.CASES[name][index]
         expected = oracle.simulate(case, inner, PERIODS[period][1], problem, LRS)
@@ -163,7 +170,7 @@ def count_collectives(rank: int, m: int, name: str) -> list[dict[str, list[int]]
     The sequence numbers of the process groups count whatever is launched, by any way and thread;
     the functions of torch.distributed are wrapped to name it.
     """
-    called: list[str] = []
+    called: list[tuple[str, int]] = []
     for function in dir(dist):
         original = getattr(dist, function)
         if inspect.isfunction(original) and not function.startswith(("is_", "get_", "_")):
@@ -177,10 +184,11 @@ def count_collectives(rank: int, m: int, name: str) -> list[dict[str, list[int]]
         assert list(distributed_c10d._world.pg_map) == groups, "groups are made at construction"
         after = [group._get_sequence_number_for_group() for group in groups]
         number = sum(after) - sum(before)
-        messages = called.count("isend")
-        assert called.count("irecv") == messages, called
+        names = [name for name, _ in called]
+        messages = [Fraction(1, others) for name, others in called if name == "isend"]
+        assert names.count("irecv") == len(messages), called
         assert len(called) == number, called
-        return number - 2 * messages + messages // (m - 1)  # one to each other: one collective
+        return number - 2 * len(messages) + int(sum(messages))  # one to each other: one collective
 
     ones = torch.ones(1)
     assert launched(lambda: dist.all_reduce(ones)) == 1, "the counters are blind"
@@ -218,9 +226,9 @@ def evaluate(optimizer: LocalOptimizer) -> None:
         pass
 
 
-def counting(function: Any, called: list[str]) -> Any:
+def counting(function: Any, called: list[tuple[str, int]]) -> Any:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        called.append(function.__name__)
+        called.append((function.__name__, dist.get_world_size(kwargs.get("group")) - 1))
         return function(*args, **kwargs)
 
     return wrapped

@@ -204,15 +204,15 @@ def owing(rank: int, m: int, fails: bool) -> list[float]:
     for _ in range(5):
         step(optimizer, rank)
     if fails:
-        whole = Collective.sum_
+        whole = Collective.start_rows_
 
         def broken(*_: Any) -> int:
             raise RuntimeError("Connection reset by peer")
 
-        Collective.sum_ = broken
+        Collective.start_rows_ = broken
         with pytest.raises(CollectiveError, match=r"step 6 failed.*Connection reset by peer"):
             step(optimizer, rank)
-        Collective.sum_ = whole
+        Collective.start_rows_ = whole
         assert not optimizer.synced and optimizer.round == 1
         state, held = optimizer.state_dict(), p.detach().clone()
         p = nn.Parameter(torch.zeros(40))
@@ -240,11 +240,11 @@ def longer(rank: int, m: int) -> list[float]:
     p = nn.Parameter(torch.full((4,), float(rank)))
     optimizer = LocalSGD([p], 0.5, period=Constant(2))
     step(optimizer, rank)
-    whole = Collective.sum_
-    Collective.sum_ = lambda *_: (_ for _ in ()).throw(RuntimeError("reset"))
+    whole = Collective.start_rows_
+    Collective.start_rows_ = lambda *_: (_ for _ in ()).throw(RuntimeError("reset"))
     with pytest.raises(CollectiveError):
         step(optimizer, rank)
-    Collective.sum_ = whole
+    Collective.start_rows_ = whole
     step(optimizer, rank)
     assert optimizer.synced and (optimizer.round, optimizer._replica.step) == (1, 3)
     return p.tolist()

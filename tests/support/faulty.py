@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from localopt import Constant, LocalOptimizer, SyncError, collective
+from localopt.replica import Replica
 from tests.support import oracle
 from tests.support.contract import Model, local_optimizer
 from tests.support.entries import Entries, held
@@ -71,34 +72,50 @@ def evaluate(optimizer: LocalOptimizer) -> None:
         pass
 
 
+def closed() -> Any:
+    raise RuntimeError("Connection closed by peer")
+
+
 class Broken:
     """Lets collectives fail on all ranks, half-way, while ``what`` says which: "headers" or what
     follows them, the "payload"."""
 
     def __init__(self) -> None:
         self.what = ""
-        for name in ("sum_", "broadcast_", "exchange_shards", "gather_shards_", "start_sum_"):
+        for name in (
+            "sum_", "broadcast_", "exchange_shards", "gather_shards_", "start_sum_", "start_rows_"
+        ):  # fmt: skip
             self._break(name)
         wait = collective.Pending.wait
 
         def waiting(pending: collective.Pending) -> None:
             if self.what == getattr(pending, "what", None):
-                raise RuntimeError("Connection closed by peer")
+                closed()
             wait(pending)
 
         collective.Pending.wait = waiting
+        launch = Replica.launch
+
+        def launching(replica: Replica, *args: Any, **options: Any) -> None:
+            if self.what == "headers":
+                with replica.told():
+                    closed()
+            launch(replica, *args, **options)
+
+        Replica.launch = launching
 
     def _break(self, name: str) -> None:
         original = getattr(collective.Collective, name)
 
         def call(this: collective.Collective, tensors: Any, *args: Any) -> Any:
-            headers = isinstance(tensors, list) and any(x.dtype == torch.uint8 for x in tensors)
-            what = "headers" if headers else "payload"
-            late = name == "start_sum_" and not headers
+            what = "headers" if name == "start_rows_" else "payload"
+            late = name == "start_sum_"
+            if what == self.what == "headers":
+                return collective.Pending([closed], 0)  # nobody sends any: none is left over
             if self.what == what and this.world_size > 1 and not late:
-                for x in tensors if what == "payload" and isinstance(tensors, list) else ():
+                for x in tensors if isinstance(tensors, list) else ():
                     x.view(-1)[::2] = 1e30  # it had begun
-                raise RuntimeError("Connection closed by peer")
+                closed()
             result = original(this, tensors, *args)
             if late:
                 result.what = what  # it fails when it is waited for

@@ -8,7 +8,7 @@ import os
 import runpy
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Outcome:
 class Running:
     """``script`` with ``flags`` on ``world_size`` ranks, of which the last may be ``absent``.
 
-    ``per_rank`` are a rank's own flags.
+    ``per_rank`` are a rank's own flags, ``places`` what a launcher says otherwise to each.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Running:
         per_rank: Sequence[Sequence[str]] = (),
         script: Path = ROOT / "main.py",
         absent: int = 0,
+        places: Sequence[Mapping[str, str]] = (),
     ) -> None:
         port = free_port()
         self._told = tempfile.TemporaryDirectory()
@@ -69,6 +70,7 @@ class Running:
             if world_size == 1:
                 place = {}  # as without a launcher
             environment = os.environ | {key: str(value) for key, value in place.items()}
+            environment |= places[rank] if places else {}
             arguments = script, [*flags, *own], environment, f"{self._told.name}/{rank}"
             process = context.Process(target=_rank, args=arguments)
             process.start()

@@ -23,15 +23,27 @@ class RankError(AssertionError):
     """A rank raised, died or did not finish in time."""
 
 
+# NCCL refuses a GPU twice on one host: each rank says that it is another, reached over loopback.
+ONE_CARD = {
+    "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1",
+    "NCCL_SOCKET_IFNAME": "lo",
+}  # fmt: skip
+
+
 def run(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = PATIENCE,
+    on: str = "cpu",
 ) -> list[Any]:
     """Return ``[function(rank, world_size, *args) for each rank]``, each run in its own process.
 
     ``function`` must be defined at the top of a module. Raises `RankError` with every failing
-    rank's traceback, or when ``timeout`` seconds have passed.
+    rank's traceback, or when ``timeout`` seconds have passed. ``on``: "cpu", where no GPU is seen,
+    or "gloo" or "nccl", where all ranks have one GPU, and talk so.
     """
-    outcomes = outcomes_of(function, world_size, *args, timeout=timeout)
+    outcomes = outcomes_of(function, world_size, *args, timeout=timeout, on=on)
     failed = [f"rank {r}: {o}" for r, (ok, o) in enumerate(outcomes) if not ok]
     if failed:
         raise RankError("\n".join(failed))
@@ -39,7 +51,11 @@ def run(
 
 
 def outcomes_of(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = PATIENCE,
+    on: str = "cpu",
 ) -> list[tuple[bool, Any]]:
     """As `run`, but returns ``(True, result)`` or ``(False, traceback)`` for each rank."""
     deadline = time.monotonic() + timeout
@@ -48,7 +64,7 @@ def outcomes_of(
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank, args=(function, rank, world_size, f"{folder}/store", sender, args)
+                target=_rank, args=(function, rank, world_size, f"{folder}/store", sender, args, on)
             )
             process.start()
             sender.close()
@@ -78,15 +94,20 @@ def _rank(
     store: str,
     pipe: Connection,
     args: tuple[Any, ...],
+    on: str,
 ) -> None:
     import torch
     import torch.distributed as dist
 
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whatever there is: tests/gpu has ranks of its own
     torch.set_num_threads(1)
     try:
+        if on == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        else:
+            os.environ.update(ONE_CARD, NCCL_HOSTID=f"rank{rank}")
+            torch.cuda.set_device(0)
         dist.init_process_group(
-            "gloo",
+            "nccl" if on == "nccl" else "gloo",
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,

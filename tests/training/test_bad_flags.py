@@ -115,8 +115,8 @@ def wrong_words(kind: Any) -> st.SearchStrategy[list[str]]:
         return st.lists(word.filter(lambda w: "=" not in w), min_size=1, max_size=3)
     if origin is typing.Literal:
         return st.tuples(text.filter(lambda w: w not in arguments)).map(list)
-    if kind is bool:
-        return st.tuples(text.filter(lambda w: w.lower() not in _BOOLS)).map(list)
+    if kind is bool or bool in arguments:
+        return st.tuples(text.filter(lambda w: w.lower() not in (*_BOOLS, "auto"))).map(list)
     if kind is str:
         return st.tuples(text.map(lambda w: f"{w}\x07")).map(list)
     return st.tuples(text.filter(lambda w: not converts(w, kind))).map(list)

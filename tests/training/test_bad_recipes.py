@@ -135,6 +135,8 @@ def wrong_objects(kind: Any) -> st.SearchStrategy[Any]:
         return odd | numbers | mapping | lists | word.filter(lambda w: w not in arguments)
     if kind is str:
         return odd | numbers | mapping | lists | st.booleans()
+    if bool in arguments:  # or None
+        return st.dates() | numbers | mapping | lists | word
     if kind is bool:
         return odd | numbers | mapping | lists | word
     if kind is int:

@@ -1,0 +1,3 @@
+"""What these tests share with those of the program."""
+
+from tests.training.conftest import data as data
