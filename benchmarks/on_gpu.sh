@@ -49,10 +49,10 @@ test_() { # NAME SECONDS ARGUMENTS …
 } | tee "$folder/machine.txt"
 
 if [[ $what == tests ]]; then
-    test_ rules 90 -n 6 tests/gpu/test_rules.py
+    test_ rules 90 -n auto tests/gpu/test_rules.py
     test_ program 90 -n 4 tests/gpu/test_program.py
     test_ host-synchronisations 40 tests/gpu/test_host_synchronisations.py
-    test_ fast-tests 80 -n 8 -m "not slow" tests
+    test_ fast-tests 80 -n auto -m "not slow" tests
 else
     part throughput 120 "$python" -m benchmarks.throughput
     part randaugment 20 "$python" -m benchmarks.randaugment
