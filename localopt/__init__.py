@@ -6,8 +6,16 @@ any period goes with any rule around any torch optimizer.
 
 from .collective import Traffic
 from .compat import CommOptimizer, DistOptimizer
-from .control import AbsentRankError, LayoutMismatchError
-from .header import CollectiveError, NonFiniteError, ReplicaMismatchError, SyncError
+from .compression import Bfloat16, Codec, Int8
+from .errors import (
+    AbsentRankError,
+    CollectiveError,
+    LayoutMismatchError,
+    NonFiniteError,
+    ReplicaMismatchError,
+    SyncError,
+)
+from .merge import merged
 from .optimizer import LocalAdamW, LocalOptimizer, LocalSGD
 from .period import QSR, SWAP, Constant, Period, PostLocal, PowerRule
 from .replica import SyncReport
@@ -35,14 +43,17 @@ __all__ = [
     "SWAP",
     "AbsentRankError",
     "Average",
+    "Bfloat16",
     "BlockMomentum",
     "CoCoDSGD",
+    "Codec",
     "CollectiveError",
     "CommOptimizer",
     "Constant",
     "DiLoCo",
     "DistOptimizer",
     "HierarchicalAverage",
+    "Int8",
     "LayoutMismatchError",
     "LocalAdamW",
     "LocalOptimizer",
@@ -60,4 +71,5 @@ __all__ = [
     "SyncReport",
     "Traffic",
     "Watch",
+    "merged",
 ]

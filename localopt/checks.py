@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from . import control
 from .collective import Collective
 from .environment import announced_ranks
+from .errors import LayoutMismatchError, ranks_text
 from .flat import bits_of
-from .header import ranks_text
 from .sync import Rule
 
 
@@ -102,7 +102,7 @@ def check_order(
         if theirs != told[0] and sorted(theirs) == sorted(told[0])
     ]
     if odd:
-        raise control.LayoutMismatchError(
+        raise LayoutMismatchError(
             f"{ranks_text(odd)} of {collective.world_size} gave the parameters in another order "
             "than rank 0: their initial values are the same, at other places. Give model=, or the "
             "parameters in one order"

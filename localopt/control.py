@@ -16,20 +16,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from .collective import Collective, waiting
-from .header import SyncError, ranks_text
+from .errors import AbsentRankError, LayoutMismatchError, ranks_text
 
 TIMEOUT = timedelta(minutes=5)
 _FAREWELL = timedelta(seconds=10)
 
 _calls: Counter[str] = Counter()
-
-
-class LayoutMismatchError(ValueError):
-    """Replicas were built with different parameters, rules or periods; raised on every rank."""
-
-
-class AbsentRankError(SyncError):
-    """A rank did not arrive in time; raised on those that waited for it."""
 
 
 def agree(collective: Collective, lines: Sequence[str], timeout: timedelta) -> None:

@@ -18,25 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import ReplicaMismatchError, ranks_text
+
 _FIELDS = struct.Struct("<qqqqdddqqqqqqd")
 _CHECK = struct.Struct("<I")
 SLOT = _FIELDS.size + _CHECK.size + 1  # bytes: the fields, their checksum, and the flag
-
-
-class SyncError(RuntimeError):
-    """A synchronisation that cannot stand; raised on every rank that took part in it."""
-
-
-class ReplicaMismatchError(SyncError):
-    """Replicas met that do not fit: other calls, steps, H, optimizers, settings or weights."""
-
-
-class CollectiveError(SyncError):
-    """A collective failed in torch: another rank has gone, or it met one of the program's own."""
-
-
-class NonFiniteError(SyncError):
-    """A replica brought NaN or infinity into a synchronisation."""
 
 
 class Kind(enum.IntEnum):
@@ -201,8 +187,3 @@ def spread(headers: Mapping[int, Header], mean_square_norm: float) -> float:
     """
     mean = math.fsum(header.square_norm for header in headers.values()) / len(headers)
     return math.sqrt(max(mean - mean_square_norm, 0.0))  # in this order NaN stays NaN
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """One as "rank 3", several as "ranks 0, 1, 2"."""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -681,7 +681,7 @@ class LocalOptimizer(Optimizer):
                 "other rank",
                 f"the optimizer state that is loaded is that of rank {place['rank']}: momenta and "
                 "the like are each replica's own. Save one state per rank, or merge them all "
-                "(localopt.merge.merged)",
+                "(localopt.merged)",
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -694,11 +694,6 @@ class LocalOptimizer(Optimizer):
         return f"{type(self).__name__}({self.inner!r}, {self.period!r}, sync={self.sync!r})"
 
 
-_LOCAL = (
-    "sync", "model", "buffers", "process_group", "auto", "track_drift", "check_finite", "alone",
-)  # fmt: skip
-
-
 class LocalSGD(LocalOptimizer):
     """`LocalOptimizer` around `torch.optim.SGD`: Local SGD.
 
@@ -706,17 +701,45 @@ class LocalSGD(LocalOptimizer):
         params: parameters, or parameter groups.
         lr: learning rate.
         period: when to synchronise.
-        **options: `torch.optim.SGD`'s (momentum, weight_decay, nesterov, …) and
-            `LocalOptimizer`'s (sync, model, buffers, …).
+        sync, model, buffers, process_group, auto, track_drift, check_finite, alone: see
+            `LocalOptimizer`.
+
+    The others are `torch.optim.SGD`'s.
 
     Source: Stich 2018, arXiv 1805.09767.
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, *, period: Callable[[int, float], int], **options: Any
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        period: Callable[[int, float], int],
+        sync: Rule | None = None,
+        model: nn.Module | None = None,
+        buffers: BufferPolicy = "keep",
+        process_group: dist.ProcessGroup | None = None,
+        auto: bool = True,
+        track_drift: bool = False,
+        check_finite: bool = True,
+        alone: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
-        local = {key: options.pop(key) for key in _LOCAL if key in options}
-        super().__init__(SGD(params, lr=lr, **options), period, **local)
+        inner = SGD(
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize,
+            foreach=foreach, differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        super().__init__(
+            inner, period, sync, model=model, buffers=buffers, process_group=process_group,
+            auto=auto, track_drift=track_drift, check_finite=check_finite, alone=alone,
+        )  # fmt: skip
 
 
 class LocalAdamW(LocalOptimizer):
@@ -726,17 +749,46 @@ class LocalAdamW(LocalOptimizer):
         params: parameters, or parameter groups.
         lr: learning rate.
         period: when to synchronise.
-        **options: `torch.optim.AdamW`'s (betas, eps, weight_decay, …) and `LocalOptimizer`'s
-            (sync, model, buffers, …).
+        sync, model, buffers, process_group, auto, track_drift, check_finite, alone: see
+            `LocalOptimizer`.
+
+    The others are `torch.optim.AdamW`'s.
 
     Source: Gu et al., ICLR 2024, arXiv 2310.14423.
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, *, period: Callable[[int, float], int], **options: Any
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        period: Callable[[int, float], int],
+        sync: Rule | None = None,
+        model: nn.Module | None = None,
+        buffers: BufferPolicy = "keep",
+        process_group: dist.ProcessGroup | None = None,
+        auto: bool = True,
+        track_drift: bool = False,
+        check_finite: bool = True,
+        alone: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
-        local = {key: options.pop(key) for key in _LOCAL if key in options}
-        super().__init__(AdamW(params, lr=lr, **options), period, **local)
+        inner = AdamW(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
+            capturable=capturable, differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        super().__init__(
+            inner, period, sync, model=model, buffers=buffers, process_group=process_group,
+            auto=auto, track_drift=track_drift, check_finite=check_finite, alone=alone,
+        )  # fmt: skip
 
 
 def _has_state(state: Mapping[str, Any]) -> bool:

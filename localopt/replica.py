@@ -22,16 +22,15 @@ from . import control
 from . import header as headers_
 from .buffers import Buffers
 from .collective import Across, Collective, Pending, Traffic, clock
-from .flat import Flat, Fragments, Memory, square_norm, total
-from .header import (
+from .errors import (
     CollectiveError,
-    Header,
-    Kind,
     NonFiniteError,
     ReplicaMismatchError,
     SyncError,
     ranks_text,
 )
+from .flat import Flat, Fragments, Memory, square_norm, total
+from .header import Header, Kind
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from . import control
 from .collective import Collective, waiting
-from .header import ranks_text
+from .errors import ranks_text
 
 DEAD = 3  # exit status of a rank that ends because of another
 _ADVICE = "resume from the newest checkpoint"

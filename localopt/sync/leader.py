@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..collective import Collective
+from ..errors import NonFiniteError, ranks_text
 from ..flat import Vector, pull_
-from ..header import Header, Kind, NonFiniteError, ranks_text
+from ..header import Header, Kind
 from .rule import Rule
 
 

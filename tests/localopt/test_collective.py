@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from localopt import control
+from localopt import AbsentRankError, control
 from localopt.collective import Collective
 from tests.support.ranks import run
 
@@ -115,7 +115,7 @@ def leave_notes(rank: int, m: int) -> list[str]:
     board.put(f"of {rank}", f"note {rank}")
     found = board.get([f"of {r}" for r in range(m)], timedelta(seconds=100))
     if m > 1:
-        with pytest.raises(control.AbsentRankError, match="nobody's: not told within 0 s"):
+        with pytest.raises(AbsentRankError, match="nobody's: not told within 0 s"):
             board.get(["nobody's"], timedelta(seconds=0.1))
     return found
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localopt import ReplicaMismatchError
 from localopt.header import (
     SLOT,
     Header,
     Kind,
-    ReplicaMismatchError,
     check_in_step,
     check_start,
     read,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
+
+import pytest
+import torch
 
 import localopt
 from localopt import QSR, SWAP, Average, Constant, PostLocal, PowerRule
@@ -50,3 +54,45 @@ def test_public_names() -> None:
             assert hasattr(optimizer, attribute), attribute
     assert set(localopt.__all__) >= {*SIGNATURES, "LocalSGD", "LocalAdamW"}
     assert all(hasattr(localopt, name) for name in localopt.__all__)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_settings_are_torchs_and_ours(name: str) -> None:
+    """By place and by keyword, with the same defaults: all of both signatures, and no more."""
+    seen = dict(inspect.signature(getattr(localopt, f"Local{name}")).parameters)
+    of_torch = dict(inspect.signature(getattr(torch.optim, name)).parameters)
+    ours = dict(inspect.signature(localopt.LocalOptimizer).parameters)
+    ours.pop("inner")
+    assert seen.keys() == of_torch.keys() | ours.keys()
+    for key, parameter in seen.items():
+        wanted = (of_torch | ours)[key]
+        assert parameter.default == wanted.default, key
+        kind = wanted.kind if key in of_torch else parameter.KEYWORD_ONLY
+        assert parameter.kind == kind, key
+
+
+@pytest.mark.parametrize(("name", "given"), [
+    ("SGD", {"momentum": 0.5, "dampening": 0.25, "weight_decay": 0.125, "maximize": True}),
+    ("SGD", {"momentum": 0.5, "nesterov": True, "foreach": True, "differentiable": False}),
+    ("SGD", {"fused": True}),
+    ("AdamW", {"betas": (0.5, 0.75), "eps": 0.25, "weight_decay": 0.5, "amsgrad": True}),
+    ("AdamW", {"maximize": True, "foreach": True, "capturable": False}),
+    ("AdamW", {"fused": True}),
+])  # fmt: skip
+def test_settings_reach_torchs_optimizer(name: str, given: dict[str, Any]) -> None:
+    make = getattr(localopt, f"Local{name}")
+    optimizer = make(network().parameters(), period=Constant(2), **given)
+    bare = getattr(torch.optim, name)(network().parameters(), **given)
+    assert optimizer.defaults == bare.defaults
+
+
+def test_our_settings_reach_local_optimizer() -> None:
+    for make in (localopt.LocalSGD, localopt.LocalAdamW):
+        model = network()
+        optimizer = make(
+            model.parameters(), period=Constant(2), sync=localopt.DiLoCo(), model=model,
+            buffers="average", auto=False, track_drift=True, check_finite=False, alone=True,
+        )  # fmt: skip
+        assert isinstance(optimizer.sync, localopt.BlockMomentum)
+        assert (optimizer._model, optimizer._policy, optimizer.auto) == (model, "average", False)
+        assert optimizer._options == {"check_finite": False, "track_drift": True}
