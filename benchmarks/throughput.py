@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from localopt.collective import clock
+from localopt.collective import synchronised_clock
 from training import engine, models, optimizers
 from training.config import Config, load
 from training.lr import Schedule
@@ -135,7 +135,7 @@ def flops_per_image(name: str) -> float:
 def _now(place: engine.Place) -> float:
     if place.device.type == "cuda":
         torch.cuda.synchronize(place.device)
-    return clock(place.device)
+    return synchronised_clock(place.device)
 
 
 def _reset_peak(place: engine.Place) -> int:

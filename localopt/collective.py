@@ -365,7 +365,7 @@ class Across:
         return sent
 
 
-def clock(device: torch.device) -> float:
+def synchronised_clock(device: torch.device) -> float:
     """Seconds, read when ``device`` has finished its work. Cost: one host sync on a GPU."""
     if device.type == "cuda":
         with waiting:  # it is here that a GPU's collectives are waited for

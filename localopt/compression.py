@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .collective import Collective, clock
+from .collective import Collective, synchronised_clock
 from .flat import Vector
 from .replica import Replica
 
@@ -185,7 +185,7 @@ class ChangeMean:
     def _replace(self) -> None:
         replica, collective = self._replica, self._replica.collective
         flat = replica.flat
-        started, sent = clock(replica.device), 0
+        started, sent = synchronised_clock(replica.device), 0
         for x, z, e in zip(flat.params, self._start.data, self._lost.data, strict=True):
             if not len(x):
                 continue  # a type that only buffers have

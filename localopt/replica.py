@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from . import control
 from . import header as headers_
 from .buffers import Buffers
-from .collective import Across, Collective, Pending, Traffic, clock
+from .collective import Across, Collective, Pending, Traffic, synchronised_clock
 from .errors import (
     CollectiveError,
     NonFiniteError,
@@ -127,7 +127,7 @@ class Replica:
         self._sent: Memory | None = None
         self._slots = self._empty_slots()
         self._square_spread = 0.0
-        self._resumed = clock(self.device)
+        self._resumed = synchronised_clock(self.device)
         self._forget_round()
 
     def _count_backwards(self) -> None:
@@ -238,11 +238,11 @@ class Replica:
     @torch.no_grad()
     def equalise(self, flat: Flat | None = None, buffers: Buffers | None = None) -> None:
         """Start from rank 0's parameters and buffers; or those of another layout. Collective."""
-        started = clock(self.device)
+        started = synchronised_clock(self.device)
         with self.told():
             sent = self.collective.broadcast_([b.data for b in (flat or self.flat).buffers])
             (buffers or self.buffers).equalise(self.collective)
-        self._resumed = clock(self.device)
+        self._resumed = synchronised_clock(self.device)
         self.traffic.other_bytes += sent
         self.traffic.other_seconds += self._resumed - started
 
@@ -278,7 +278,7 @@ class Replica:
         """
         self.check_usable()
         self.flat.check_pointers()
-        started = clock(self.device)
+        started = synchronised_clock(self.device)
         met = self.meets if levels is None else levels
         mine = self._header(kind, started, settings, own, square_norm, believed_equal, len(met))
         sent, seen = self._exchange(mine, self._scan(own), met)
@@ -508,7 +508,7 @@ class Replica:
         count: Count = "round",
     ) -> None:
         """The mean that follows `meet`, within `changing`. Collective."""
-        started, sent = clock(self.device), 0
+        started, sent = synchronised_clock(self.device), 0
         wholes, averaged = zip(*((b.data, b.averaged) for b in self.flat.buffers), strict=True)
         with self.told():
             for level in self.levels if levels is None else levels:
@@ -526,7 +526,7 @@ class Replica:
     def measure_spread(self, headers: Mapping[int, Header], level: Collective) -> None:
         """The spread where no mean is at hand. Collective, but only where drift is tracked."""
         if self.track_drift:
-            started = clock(self.device)
+            started = synchronised_clock(self.device)
             with torch.no_grad(), self.told():
                 mean = self._copy(self.flat.params, len(level.ranks))
                 sent = level.sum_(mean.params)
@@ -550,10 +550,10 @@ class Replica:
         Raises:
             RuntimeError: if the parameters were moved out of their memory.
         """
-        assert self._flights is not None, "use_own_group() comes first"
+        assert self._flights is not None, "a rule that launches has `overlaps`"
         self.check_usable()
         self.flat.check_pointers()
-        started = clock(self.device)
+        started = synchronised_clock(self.device)
         own = self._part(fragment)
         sent = self._copy(own, self.collective.world_size)
         slots = self._empty_slots()
@@ -579,7 +579,7 @@ class Replica:
         own = self._part(fragment)
         count: Count = "round" if ends_round else "part"
         (headers,) = self.meet(count=count, settings=fragment, own=own)
-        started = clock(self.device)
+        started = synchronised_clock(self.device)
         with torch.no_grad(), self.told():
             sent = self._copy(own, self.collective.world_size)
             travelled = self.collective.sum_([b.data for b in sent.buffers])
@@ -655,13 +655,13 @@ class Replica:
             raise
 
     def _arrived(self, flight: _Flight) -> list[Tensor]:
-        started = clock(self.device)
+        started = synchronised_clock(self.device)
         headers = self._hear(flight.told)
         headers_.check_start(headers)
         self._compare(headers)
         with self.told():
             flight.pending.wait()
-        exposed = clock(self.device) - started
+        exposed = synchronised_clock(self.device) - started
         self._resumed += exposed  # so that it does not count as busy
         ended = started if flight.ended is None else flight.ended
         self.traffic.exposed += exposed
@@ -698,7 +698,7 @@ class Replica:
     @torch.no_grad()
     def fetch_(self, into: Sequence[Tensor], level: Collective, rank: int) -> None:
         """Replace ``into``, one tensor (n,) per buffer, by ``rank``'s parameters. Collective."""
-        started = clock(self.device)
+        started = synchronised_clock(self.device)
         if self.collective.rank == rank:
             for mine, x in zip(into, self.flat.params, strict=True):
                 mine.copy_(x)
@@ -752,7 +752,7 @@ class Replica:
 
     def _count(self, count: Count, sent: int, started: float, waits: Mapping[int, float]) -> None:
         """Count a meeting, or the part of one that follows `meet`."""
-        traffic, now = self.traffic, clock(self.device)
+        traffic, now = self.traffic, synchronised_clock(self.device)
         seconds = now - started
         # What happens within a round is not busy time, and does not begin a new count of it.
         self._resumed = self._resumed + seconds if count == "other" else now

@@ -20,11 +20,8 @@ from itertools import chain, repeat
 from torch import nn
 
 from localopt import (
-    EASGD,
     LSGD,
-    CoCoDSGD,
     HierarchicalAverage,
-    OverlapLocalSGD,
     Period,
     Rule,
     Streaming,
@@ -143,7 +140,7 @@ def scenario(
     period, rule = optimizers.period(config, schedule), optimizers.rule(config)
     each, further, every = _messages(config, rule, model, nodes)
     rounds = rounds_of(period, schedule)
-    return Scenario(rounds, period.base_h, each, further, every, _hides(rule))
+    return Scenario(rounds, period.base_h, each, further, every, rule.overlaps)
 
 
 def _messages(
@@ -222,12 +219,3 @@ def _crossing(groups: Groups, nodes: Sequence[int]) -> int:
     """Groups that share the busiest node's link: they have ranks in it and elsewhere."""
     places = [{nodes[rank] for rank in group} for group in groups]
     return max(Counter(n for place in places if len(place) > 1 for n in place).values(), default=0)
-
-
-def _hides(rule: Rule) -> bool:
-    """Whether the rule's collective runs behind the next round."""
-    if isinstance(rule, EASGD):
-        return not rule.pull if rule.overlap is None else rule.overlap
-    if isinstance(rule, Streaming):  # a fragment behind a part of the round: in all, the same
-        return rule.overlap
-    return isinstance(rule, (OverlapLocalSGD, CoCoDSGD))

@@ -82,7 +82,9 @@ def period(config: Config, schedule: Schedule) -> Period:
         return PostLocal(config.switch_step, config.h_base, **common)
     if config.period == "swap":
         return SWAP(config.switch_step, **common)
-    return Constant(config.h_base, **common)
+    if config.period == "constant":
+        return Constant(config.h_base, **common)
+    raise ConfigError(f"period is {config.period!r}: no such period")
 
 
 def rule(config: Config) -> Rule:

@@ -24,10 +24,10 @@ class CoCoDSGD(Rule):
     """
 
     agrees = False
+    overlaps = True
 
     def attach(self, replica: Any) -> None:
         super().attach(replica)
-        replica.use_own_group()
         # While a mean is in flight s_i; once it has landed the correction mean(s) - s_i.
         self.s = self.momentum("s")
         self._corrects = False

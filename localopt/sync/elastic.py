@@ -61,15 +61,16 @@ class EASGD(Rule):
             1e-9 if self.alpha is None else self.alpha, 1e-9 if self.beta is None else self.beta
         )
 
+    @property
+    def overlaps(self) -> bool:  # type: ignore[override]
+        return not self.pull if self.overlap is None else self.overlap
+
     def attach(self, replica: Any) -> None:
         m = replica.collective.world_size
         self.a = 0.9 / m if self.alpha is None else self.alpha
         self.b = m * self.a if self.beta is None else self.beta
         _check_strengths(self.a, self.b)
         super().attach(replica)
-        self._overlaps = not self.pull if self.overlap is None else self.overlap
-        if self._overlaps:
-            replica.use_own_group()
         self.z = self.anchor("z")
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class EASGD(Rule):
     def end_round(self) -> None:
         self.land()
         mean = None
-        if self._overlaps:
+        if self.overlaps:
             self.replica.launch()
         else:
             mean = self.replica.mean()

@@ -40,6 +40,7 @@ class OverlapLocalSGD(Rule):
     """
 
     agrees = False
+    overlaps = True
 
     alpha: float = 0.6
     beta: float = 0.7
@@ -56,7 +57,6 @@ class OverlapLocalSGD(Rule):
 
     def attach(self, replica: Any) -> None:
         super().attach(replica)
-        replica.use_own_group()
         self.z = self.anchor("z")
         self.v = self.momentum("v")
         self._pulled = False

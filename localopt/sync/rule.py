@@ -29,6 +29,7 @@ class Rule(ABC):
         replicas_agree: whether all replicas are known to hold the same parameters, where no round
             is open. Before the first round they are not: weights may have been loaded since.
         needs_loss: whether the training loss must be recorded at every step.
+        overlaps: whether what it sends travels behind training; else replicas wait for it.
         centre: name of the anchor that is the consensus; None: the replicas' mean is.
     """
 
@@ -36,6 +37,7 @@ class Rule(ABC):
     agrees = True
     replicas_agree = False
     needs_loss = False
+    overlaps = False
     centre: str | None = None
 
     def attach(self, replica: Replica) -> None:
@@ -45,6 +47,8 @@ class Rule(ABC):
                 f"this {type(self).__name__} already belongs to an optimizer: make a new one"
             )
         self.replica = replica
+        if self.overlaps:
+            replica.use_own_group()
         self._anchors: dict[str, Vector] = {}
         self._momenta: dict[str, Vector] = {}
 

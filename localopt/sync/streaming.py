@@ -62,10 +62,12 @@ class Streaming(Rule):
         check_outer_momentum(self.outer_momentum)
         check_outer_lr(self.outer_lr, self.outer_momentum, nesterov=True)
 
+    @property
+    def overlaps(self) -> bool:  # type: ignore[override]
+        return self.overlap
+
     def attach(self, replica: Any) -> None:
         super().attach(replica)
-        if self.overlap:
-            replica.use_own_group()
         replica.use_fragments(self.fragments)
         self.z = self.anchor("z")
         self.v = self.momentum("v") if self.outer_momentum else None

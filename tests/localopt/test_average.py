@@ -227,8 +227,8 @@ def test_wrong_state_fields() -> None:
 
 
 def sleepy(rank: int, m: int) -> dict[str, Any]:
-    real = replica.clock  # the clocks of different hosts have no common zero
-    replica.clock = lambda device: real(device) + 1000.0 * rank
+    real = replica.synchronised_clock  # the clocks of different hosts have no common zero
+    replica.synchronised_clock = lambda device: real(device) + 1000.0 * rank
     model = network()
     optimizer = LocalSGD(model.parameters(), RATE, period=Constant(3))
     before = optimizer.traffic.other_bytes

@@ -241,3 +241,10 @@ def test_oracle_of_leaders() -> None:
         oracle.Leader, c=c, p=p, c_global=c_all, p_global=p_all, group_size=2, global_every=every
     )
     assert np.allclose(actual, expected, rtol=0, atol=1e-13)
+
+
+def test_rules_say_whether_they_overlap() -> None:
+    """As their oracles have it: what is sent behind training is looked at a round later."""
+    for name, cases_ in oracle.CASES.items():
+        for case in cases_:
+            assert case.rule(RULES[name], 2).overlaps is bool(case.delay), (name, case.settings)
