@@ -25,7 +25,7 @@ from . import ring
 
 RING_BYTES = 2**22  # below which one all_reduce is faster than a ring of messages
 _TAG = 0x10CA10  # of the first message: far from those that a user would choose
-_ROWS = _TAG - 1
+_ROWS = _TAG - 1  # of `start_rows_`
 
 
 @dataclass
@@ -86,14 +86,14 @@ waiting = Waiting()
 
 
 class Pending:
-    """A sum that runs behind training.
+    """What runs behind training: a sum, or an exchange of rows.
 
     What cannot even be launched, for another rank has gone, fails when it is waited for, as what
     fails on its way does.
 
     Args:
         launches: what to launch.
-        sent: bytes that this rank sends for it.
+        sent: bytes that this rank sends.
     """
 
     def __init__(self, launches: Iterable[Callable[[], dist.Work]], sent: int) -> None:

@@ -1,8 +1,9 @@
 """What ranks tell each other before they synchronise: one slot of bytes for each of them.
 
-Every rank writes its own slot and zeros elsewhere, so the sum over the ranks leaves each slot as
-its rank wrote it. The exchange has one size whatever it is that follows: ranks that are out of
-step, or that bring different optimizers, meet in it and can say so before a parameter is touched.
+Every rank writes its own slot and zeros elsewhere, and gets those of the others: by a message from
+each, or by a sum over the ranks, which leaves each slot as its rank wrote it. The exchange has one
+size whatever it is that follows: ranks that are out of step, or that bring different optimizers,
+meet in it and can say so before a parameter is touched.
 """
 
 from __future__ import annotations

@@ -54,16 +54,15 @@ def build(config: Config, model: nn.Module, schedule: Schedule) -> LocalOptimize
 
 def _inner(config: Config, model: nn.Module) -> Optimizer:
     named = list(model.named_parameters())
-    # One kernel for all parameters; on a CPU three to six times as fast as torch's default.
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    # Fused: one kernel for all parameters; on a CPU two to six times as fast as torch's default.
     if config.optimizer.endswith("sgd"):
         return SGD(
             named, lr=config.max_lr, momentum=config.momentum, nesterov=config.nesterov,
-            weight_decay=config.wd, fused=fused,
+            weight_decay=config.wd, fused=True,
         )  # fmt: skip
     return AdamW(
         named, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=config.eps,
-        weight_decay=config.wd, fused=fused,
+        weight_decay=config.wd, fused=True,
     )  # fmt: skip
 
 
