@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.short:
         name, repeats = "simplevit-ti16", 2
     model = models.build(name, classes=1000, resolution=224, seed=0)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     seconds = measured(model, repeats)
     copying = median(seconds["copying"])
     numel = sum(parameter.numel() for parameter in model.parameters())

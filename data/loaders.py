@@ -6,7 +6,9 @@ from `order` and `augment`, and handed to FFCV's decoder as columns of the sampl
 
 from __future__ import annotations
 
+import atexit
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -429,6 +431,7 @@ class _Epoch(EpochIterator):
     def __init__(self, loader: Loader, indices: np.ndarray, pace: Pace) -> None:
         self._pace, self._asked = pace, 0
         super().__init__(loader, indices)  # starts the thread
+        _open_epochs.add(self)
 
     def run_pipeline(self, number: int, indices: np.ndarray, *slot: Any) -> Any:
         started = time.perf_counter()
@@ -466,6 +469,18 @@ class _Epoch(EpochIterator):
             with suppress(Empty):
                 self.output_queue.get(timeout=0.01)
         self.close()
+        _open_epochs.discard(self)
+
+
+_open_epochs: weakref.WeakSet[_Epoch] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_open_epochs() -> None:
+    """Python ends a thread that comes back from compiled code while it shuts down; C++ answers that
+    with an abort of the process."""
+    for epoch in list(_open_epochs):
+        epoch.stop()
 
 
 class _MappedFile(OSCacheManager):

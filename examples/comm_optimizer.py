@@ -21,9 +21,9 @@ parser.add_argument("--dist-optim-name", choices=["EASGD", "LSGD", "none"], defa
 parser.add_argument("--steps", type=int, default=400)
 options = parser.parse_args()
 
-on_gpu = torch.cuda.is_available()
-device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-dist.init_process_group("nccl" if on_gpu else "gloo")
+on_gpu = torch.accelerator.is_available()
+device = torch.device(int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+dist.init_process_group(dist.get_default_backend_for_device(device))
 
 torch.manual_seed(0)
 teacher = nn.Linear(32, 10).to(device)  # stands for your labels

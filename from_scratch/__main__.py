@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     strategy = STRATEGIES[options.strategy]
     n = options.n_gpus or options.workers or 2
-    gpus = torch.cuda.device_count() if options.n_gpus else 0
+    gpus = torch.accelerator.device_count() if options.n_gpus else 0
     try:
         if options.strategy == "data_parallel" and options.workers:
             raise ValueError("data_parallel has no processes on CPUs: say --n-gpus, not --workers")

@@ -19,7 +19,7 @@ def peers(n: int) -> dict[str, int]:
     Raises:
         ValueError: they aren't there.
     """
-    found = torch.cuda.device_count()
+    found = torch.accelerator.device_count()
     if found < n:
         raise ValueError(
             f"data_parallel needs a GPU for each of {n} replicas, and there are {found}; "

@@ -23,9 +23,9 @@ def peers(n: int) -> dict[str, None]:
 
 def train(peer: Peer, task: Task, link: None) -> torch.Tensor:
     """What every worker does."""
-    own_gpu = peer.device.type == "cuda" and peer.world_size <= torch.cuda.device_count()
+    own_gpu = peer.device.type != "cpu" and peer.world_size <= torch.accelerator.device_count()
     dist.init_process_group(
-        "nccl" if own_gpu else "gloo",
+        dist.get_default_backend_for_device(peer.device) if own_gpu else "gloo",
         init_method=f"file://{peer.folder}/store",
         rank=peer.rank,
         world_size=peer.world_size,

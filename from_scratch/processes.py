@@ -129,7 +129,7 @@ def run(
         try:
             for rank, (name, link) in enumerate(peers.items()):
                 ours, theirs = context.Pipe(duplex=False)
-                device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
+                device = torch.device(rank % gpus) if gpus else torch.device("cpu")
                 peer = Peer(rank, len(peers), device, folder, Meter(), start_line, theirs)
                 processes[name] = context.Process(
                     target=_process, args=(train, peer, task, link), name=name, daemon=True

@@ -367,7 +367,7 @@ class Across:
 
 def synchronised_clock(device: torch.device) -> float:
     """Seconds, read when ``device`` has finished its work. Cost: one host sync on a GPU."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         with waiting:  # it is here that a GPU's collectives are waited for
-            torch.cuda.current_stream(device).synchronize()
+            torch.accelerator.current_stream(device).synchronize()
     return time.perf_counter()

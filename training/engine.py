@@ -32,7 +32,7 @@ from localopt.collective import waiting
 from .config import Config, ConfigError, absolute, shortened, text_of
 from .optimizers import DataParallel
 
-if not torch.cuda.is_available():
+if not torch.accelerator.is_available():
     # Told so, DeepSpeed does not search for accelerators, and does not warn that there is none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -83,7 +83,7 @@ def start(config: Config) -> Place:
     """
     _require_hostfile()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.accelerator.device_count()
     if config.device == "cuda" and not gpus:
         raise ConfigError("device is cuda: this host has no GPU that torch can use")
     _default_environment(config.local_rank)
@@ -92,13 +92,13 @@ def start(config: Config) -> Place:
     local_rank = int(os.environ["LOCAL_RANK"])
     replicas_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if gpus and config.device != "cpu":
-        device = torch.device("cuda", local_rank % gpus)
-        torch.cuda.set_device(device)
+        device = torch.device(local_rank % gpus)
+        torch.accelerator.set_device_index(device.index)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // replicas_here))
-    own_gpu = device.type == "cuda" and replicas_here <= gpus
-    _join("nccl" if own_gpu else "gloo")
+    own_gpu = device.type != "cpu" and replicas_here <= gpus
+    _join(dist.get_default_backend_for_device(device) if own_gpu else "gloo")
     return Place(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
@@ -363,23 +363,21 @@ class _Timer:
     """Adds up the seconds inside its context; on a GPU by events, without waiting for it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._on_gpu = next(model.parameters()).is_cuda
-        self._pending: collections.deque[tuple[torch.cuda.Event, torch.cuda.Event]] = (
-            collections.deque()
-        )
+        self._device = next(model.parameters()).device
+        self._pending: collections.deque[tuple[torch.Event, torch.Event]] = collections.deque()
         self.seconds = 0.0
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
-        if self._on_gpu:
-            self._event = torch.cuda.Event(enable_timing=True)
+        if self._device.type != "cpu":
+            self._event = torch.Event(self._device, enable_timing=True)
             self._event.record()
 
     def __exit__(self, *_: object) -> None:
-        if not self._on_gpu:
+        if self._device.type == "cpu":
             self.seconds += time.perf_counter() - self._started
             return
-        end = torch.cuda.Event(enable_timing=True)
+        end = torch.Event(self._device, enable_timing=True)
         end.record()
         self._pending.append((self._event, end))
         while self._pending and self._pending[0][1].query():

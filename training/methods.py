@@ -205,6 +205,6 @@ class Ema:
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device, without waiting for it."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor

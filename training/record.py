@@ -167,7 +167,7 @@ def _environment(collective: Collective) -> dict[str, Any]:
         "code": code_digest(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "gpus": torch.cuda.device_count(),
+        "gpus": torch.accelerator.device_count(),
         "world_size": collective.world_size,
         "packages": versions(),
     }

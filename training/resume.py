@@ -207,8 +207,8 @@ def _restored(
         part.load_state_dict(content[key])
     if same:
         torch.set_rng_state(content["rng"])
-        if "cuda_rng" in content and torch.cuda.is_available():
-            torch.cuda.set_rng_state(content["cuda_rng"])
+        if "cuda_rng" in content and torch.accelerator.is_available():
+            torch.get_device_module().set_rng_state(content["cuda_rng"])
     else:
         torch.manual_seed(torch.initial_seed() + 1_000_000_007 * manifest["step"])
     return Start(int(manifest["step"]), content["recorder"])

@@ -130,8 +130,8 @@ class Saver:
             "rng": torch.get_rng_state(),
             "recorder": recorder.state_dict(),
         }
-        if torch.cuda.is_available():
-            saved["cuda_rng"] = torch.cuda.get_rng_state()
+        if torch.accelerator.is_available():
+            saved["cuda_rng"] = torch.get_device_module().get_rng_state()  # of any accelerator
         if self._config.save_opt:
             saved["optimizer"] = state.optimizer.state_dict()
         saved |= {key: part.state_dict() for key, part in state.beside.items()}
@@ -225,7 +225,7 @@ def copied(value: Any, spare: Any = None) -> Any:
             value.shape, value.dtype, value.stride(),
         )  # fmt: skip
         if not fits:
-            spare = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            spare = torch.empty_like(value, device="cpu", pin_memory=value.device.type != "cpu")
         return spare.copy_(value)
     if isinstance(value, dict):
         old = spare if isinstance(spare, dict) else {}

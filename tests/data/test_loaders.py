@@ -221,8 +221,11 @@ def test_an_error_in_the_decoding_thread_reaches_the_reader(raw, monkeypatch):
 @pytest.mark.slow
 def test_torch_keeps_its_threads_and_the_process_ends_quietly(raw):
     program = f"""
+import atexit, threading
 import torch
 torch.set_num_threads(3)
+# Run last: an epoch's thread that is still there could abort the process.
+atexit.register(lambda: print(*(t for t in threading.enumerate() if t.daemon), end=""))
 from data.loaders import TrainData, ValData
 from data.randaugment import transform
 val = ValData({str(raw / "val.beton")!r}, rank=0, world_size=1, batch=6, resolution=8, workers=1)
