@@ -235,7 +235,8 @@ for epoch in range(2):
     for images, labels in data.epoch(epoch):
         assert torch.get_num_threads() == 3, torch.get_num_threads()
 list(val)
-left_open = data.epoch(3)
+left_open = TrainData({str(raw / "train.beton")!r}, total_batch=1, physical_batch=1, rank=0,
+                      world_size=1, seed=0, resolution=8, workers=2).epoch(3)
 next(left_open)
 assert not transform.signatures  # nobody waits for the compilation of what isn't asked for
 assert torch.get_num_threads() == 3, torch.get_num_threads()
