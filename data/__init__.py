@@ -7,7 +7,8 @@
     dataset.py     dataset.json and the checks made before a .beton is read
     order.py       who reads what: permutations, shards, and random draws per sample
     augment.py     crop boxes and flips from draws; the FFCV decoder that applies them
-    randaugment.py RandAugment, compiled; randaugment_torch.py, the same on a GPU
+    randaugment.py RandAugment, compiled; for a GPU randaugment_triton.py and randaugment_torch.py,
+                   between which randaugment_gpu.py chooses
     ffcv_parts.py  what is used of FFCV, imported without its side effects
     loaders.py     TrainData and ValData, which the training program iterates
 

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from data import augment, order, randaugment_torch
+from data import augment, order
 from data.augment import SAMPLE, BoxDecoder
 from data.dataset import Dataset, checked, damaged
 from data.ffcv_parts import (
@@ -38,6 +38,7 @@ from data.ffcv_parts import (
 )
 from data.order import Stream
 from data.randaugment import RandAugment
+from data.randaugment_gpu import transform_for
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # (b, 3, R, R) float32 channels_last; (b,) int64
 
@@ -516,6 +517,8 @@ class _Receiver:
     ) -> None:
         self.device = device
         self.randaugment = randaugment
+        # Now, for a GPU's kernels are compiled and tried first.
+        self.transform = None if randaugment is None else transform_for(device)
         # For a row of pixels, (R * 3,): torch is slow where the innermost dimension is of size 3.
         self.mean, self.std = (
             torch.tensor(values, device=device).mul_(255).repeat(resolution)
@@ -532,7 +535,7 @@ class _Receiver:
         images = images.to(self.device)
         if self.randaugment is not None:
             plan = self.randaugment.plan(seeds, *pixels.shape[1:3])
-            images = randaugment_torch.transform(images, plan)
+            images = self.transform(images, plan)
         normalised = images.flatten(2).float().sub_(self.mean).div_(self.std)
         # channels_last, for the memory stays as it is
         return normalised.view(images.shape).permute(0, 3, 1, 2), labels.to(self.device)

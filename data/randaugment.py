@@ -4,7 +4,7 @@ Cubuk, Zoph, Shlens, Le 2019 (arXiv 1909.13719), as composer does it with Pillow
 through a few operations drawn from a set, each with a magnitude of its own. First `plan` draws, in
 NumPy, from one random word per image; what it returns are the arguments that composer would give
 to Pillow. Then compiled code changes the pixels, to what Pillow would have made of them: on x86-64
-bit by bit. `data.randaugment_torch` does the same on a GPU, from the same plan.
+bit by bit. `data.randaugment_gpu` has the same for a GPU, from the same plan.
 """
 
 from __future__ import annotations

@@ -31,9 +31,10 @@ def transform(images: torch.Tensor, plan: Plan) -> torch.Tensor:
     """
     device, (_, height, width, _) = images.device, images.shape
     operations, places = _sorted(plan.operations)
-    magnitudes = _to(device, np.take_along_axis(plan.magnitudes, places, 0).T)  # (depth, m)
-    matrices = _to(device, np.take_along_axis(plan.matrices, places[..., None], 0).swapaxes(0, 1))
-    moves = _to(device, _rearrangements(places))
+    magnitudes = upload(device, np.take_along_axis(plan.magnitudes, places, 0).T)  # (depth, m)
+    matrices = np.take_along_axis(plan.matrices, places[..., None], 0)
+    matrices = upload(device, matrices.swapaxes(0, 1))
+    moves = upload(device, _rearrangements(places))
     most = max(_PIXELS // (height * width), 1)
     for step in range(operations.shape[1]):
         images = images[moves[step]]
@@ -69,7 +70,7 @@ def _rearrangements(places: np.ndarray) -> np.ndarray:
     return np.take_along_axis(now, then, 0).T
 
 
-def _to(device: torch.device, array: np.ndarray) -> torch.Tensor:
+def upload(device: torch.device, array: np.ndarray) -> torch.Tensor:
     """A copy on the device, which the host doesn't wait for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":

@@ -182,16 +182,20 @@ def test_settings_out_of_range_are_named(arguments, named):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_makes_the_same_pixels_and_is_not_waited_for():
-    images = np.concatenate([pictures(224, 224)] * 10)
-    plan = RandAugment(3).plan(np.arange(len(images), dtype=np.uint64), 224, 224)
-    there = torch.from_numpy(images).cuda()
-    randaugment_torch.transform(there, plan)  # the first call loads kernels
+@pytest.mark.parametrize("size", [(224, 224), (61, 40), (1, 9)])
+@pytest.mark.parametrize("by", ["torch", "triton"])
+def test_a_gpu_makes_the_same_pixels_and_is_not_waited_for(by, size):
+    there = pytest.importorskip(f"data.randaugment_{by}").transform
+    images = np.concatenate([pictures(*size)] * 20)
+    plan = RandAugment(3).plan(np.arange(len(images), dtype=np.uint64), *size)
+    given = torch.from_numpy(images).cuda()
+    there(given, plan)  # the first call loads kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = randaugment_torch.transform(there, plan)
+        found = there(given, plan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert (given.cpu().numpy() == images).all()
     transform(images, *plan)
     assert (found.cpu().numpy() == images).all()
 
