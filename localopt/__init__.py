@@ -4,7 +4,6 @@ Every replica makes H steps alone, then parameters are averaged. *When* is a per
 any period goes with any rule around any torch optimizer.
 """
 
-from .collective import Traffic
 from .compat import CommOptimizer, DistOptimizer
 from .compression import Bfloat16, Codec, Int8
 from .errors import (
@@ -15,10 +14,10 @@ from .errors import (
     ReplicaMismatchError,
     SyncError,
 )
+from .meeting import SyncReport
 from .merge import merged
 from .optimizer import LocalAdamW, LocalOptimizer, LocalSGD
 from .period import QSR, SWAP, Constant, Period, PostLocal, PowerRule
-from .replica import SyncReport
 from .sync import (
     BMUF,
     EASGD,
@@ -33,6 +32,7 @@ from .sync import (
     SlowMo,
     Streaming,
 )
+from .traffic import Traffic
 from .watch import Watch
 
 __all__ = [

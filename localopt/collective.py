@@ -1,4 +1,4 @@
-"""Every collective there is, with the bytes it sends and the seconds it takes.
+"""Every collective there is, with the bytes it sends.
 
 A sum over tensors, waited for or left to run behind training, and a broadcast: the rest of the
 library is built on these, so that what travels can be counted in one place. They are always called
@@ -9,10 +9,8 @@ torch.distributed is not initialised, they do nothing.
 from __future__ import annotations
 
 import contextlib
-import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -26,36 +24,6 @@ from . import ring
 RING_BYTES = 2**22  # below which one all_reduce is faster than a ring of messages
 _TAG = 0x10CA10  # of the first message: far from those that a user would choose
 _ROWS = _TAG - 1  # of `start_rows_`
-
-
-@dataclass
-class Traffic:
-    """What synchronising has cost this rank so far.
-
-    Attributes:
-        syncs: synchronisations, i.e. finished rounds whose replicas exchanged parameters.
-        bytes: bytes this rank sent in them, by the ring all-reduce's 2 (m - 1) / m per payload.
-        exposed: seconds in which training stood still for them.
-        hidden: seconds of communication that ran behind training, to within one local step.
-        wait: per rank, seconds it was idle at boundaries for the slowest rank: how much less than
-            that one it was busy since the boundary before.
-        other_bytes: bytes sent outside rounds (start, `consensus`, `finish` of a closed round).
-        other_seconds: seconds those took.
-    """
-
-    syncs: int = 0
-    bytes: int = 0
-    exposed: float = 0.0
-    hidden: float = 0.0
-    wait: list[float] = field(default_factory=list)
-    other_bytes: int = 0
-    other_seconds: float = 0.0
-
-    def count_wait(self, waits: Mapping[int, float], world_size: int) -> None:
-        """Add each rank's seconds."""
-        self.wait = self.wait or [0.0] * world_size
-        for rank, seconds in waits.items():
-            self.wait[rank] += seconds
 
 
 class Waiting:
@@ -294,41 +262,45 @@ class Collective:
         payload = sum(tensor.nbytes for tensor in tensors)
         return (self.world_size - 1) * payload // self.world_size
 
-    def exchange_shards(self, shards: Tensor) -> tuple[Tensor, int]:
-        """Send row j of ``shards`` (m, n) to rank j; return the rows got, and the bytes sent."""
+    def start_exchange_shards(
+        self, shards: Tensor, number: int = 0, *, behind: bool = False
+    ) -> tuple[Callable[[], Tensor], Pending]:
+        """Send row j of ``shards`` (m, n) to rank j; what gives the rows got, once they are here.
+
+        gloo's own all_to_all may send before it tells others that it will receive: what tells them
+        queues behind that, and a slow link works in one direction at a time. So where it is waited
+        for it is done by messages, of which gloo does not say when they have arrived.
+
+        Args:
+            shards: what to send.
+            number: of this exchange among those that are on their way.
+            behind: whether it travels behind training.
+        """
         if self.world_size == 1:
-            return shards, 0
-        # gloo exchanges what is in the host's memory only.
-        by_messages = dist.get_backend(self.group) == "gloo"
-        held = shards.cpu() if by_messages else shards
+            return lambda: shards, Pending([], 0)
+        gloo = dist.get_backend(self.group) == "gloo"
+        held = shards.cpu() if gloo else shards  # it exchanges what is in the host's memory only
         got = torch.empty_like(held)
-        with waiting:
-            if by_messages:
-                self._exchange(held, got)
-            else:
-                dist.all_to_all_single(got, held, group=self.group)
-        return got.to(shards.device), shards.nbytes * (self.world_size - 1) // self.world_size
+        sent = shards.nbytes * (self.world_size - 1) // self.world_size
+        if gloo and not behind:
+            got[self.rank] = held[self.rank]
+            others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
+            launches = [partial(self._receive, got[j], j, _TAG + number) for j in others]
+            launches += [partial(self._send, held[j], j, _TAG + number) for j in others]
+        else:
+            exchange = partial(dist.all_to_all_single, group=self.group, async_op=True)
+            launches = [partial(exchange, got, held)]
+        return lambda: got.to(shards.device), Pending(launches, sent)
 
-    def _exchange(self, shards: Tensor, got: Tensor) -> None:
-        """gloo's own all_to_all may send before it tells others that it will receive: what tells
-        them queues behind that, and a slow link works in one direction at a time."""
-        others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
-        works = [self._receive(got[j], j, _TAG) for j in others]
-        works += [self._send(shards[j], j, _TAG) for j in others]
-        got[self.rank] = shards[self.rank]
-        for work in works:
-            work.wait()
-
-    def gather_shards_(self, shards: Tensor) -> int:
-        """Replace row j of ``shards`` (m, n) by rank j's row j, in place; return the bytes sent."""
+    def start_gather_shards_(self, shards: Tensor) -> Pending:
+        """Replace row j of ``shards`` (m, n) by rank j's row j, in place."""
         if self.world_size == 1:
-            return 0
+            return Pending([], 0)
         # Its name since torch 2.13, and before.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         mine = shards[self.rank].clone()
-        with waiting:
-            gather(shards.view(-1), mine, group=self.group)
-        return shards.nbytes * (self.world_size - 1) // self.world_size
+        launch = partial(gather, shards.view(-1), mine, group=self.group, async_op=True)
+        return Pending([launch], shards.nbytes * (self.world_size - 1) // self.world_size)
 
 
 # The groups that several optimizers share, as long as the group that they were made from is there.
@@ -363,11 +335,3 @@ class Across:
         for source in range(self.inside.world_size):
             sent += self.inside.broadcast_([shards[source] for shards in cut], source)
         return sent
-
-
-def synchronised_clock(device: torch.device) -> float:
-    """Seconds, read when ``device`` has finished its work. Cost: one host sync on a GPU."""
-    if device.type != "cpu":
-        with waiting:  # it is here that a GPU's collectives are waited for
-            torch.accelerator.current_stream(device).synchronize()
-    return time.perf_counter()

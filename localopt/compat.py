@@ -67,6 +67,7 @@ class DistOptimizer(Rule):
     def attach(self, replica: Replica) -> None:
         super().attach(replica)
         self._center = self.anchor("center")
+        self._mean = self.mean_of_copies()
 
     @property
     def params(self) -> list[Tensor]:
@@ -80,7 +81,9 @@ class DistOptimizer(Rule):
 
     def mean(self) -> list[Tensor]:
         """x̄, the mean of all replicas' parameters, as `center`. Collective."""
-        mean = self.replica.mean()
+        self._mean.launch()
+        mean = self._mean.land()
+        assert mean is not None, "it has been launched"
         return [x.to(z.dtype) for x, z in zip(mean, self.center, strict=True)]
 
     def pull(self, towards: Sequence[Tensor], strength: float) -> None:
@@ -91,7 +94,7 @@ class DistOptimizer(Rule):
     def local_pulling_step(self) -> None:
         """x ← x - (p/H)(x - center). No collective."""
         if self.local_pulling_strength:
-            self.pull(self.center, self.local_pulling_strength / self.replica.h)
+            self.pull(self.center, self.local_pulling_strength / self.replica.round.h)
 
     def dist_train_step(self) -> None:
         """Collect what `comm_train_step` will need. No collective."""
@@ -195,7 +198,7 @@ class CommOptimizer(LocalOptimizer):
     def local_pulling_step(self) -> None:
         """After every local step: x ← x - (p/H)(x - z). No collective."""
         self._open_round()
-        self._replica.count_step()
+        self._replica.round.count_step()
         if isinstance(self.sync, DistOptimizer):
             self.sync.local_pulling_step()
         else:
@@ -209,11 +212,12 @@ class CommOptimizer(LocalOptimizer):
     def comm_train_step(self) -> None:
         """After every ``comm_period``-th local step: end the round. Collective."""
         self._open_round()
-        self._replica.step = self._opened_at + self.h
+        self._replica.round.start_at(self._opened_at + self.h)
         self.sync.end_round()
         self._replica.end_round()
 
     def _open_round(self) -> None:
         if self.synced:
-            self._opened_at = self._replica.step
-            self._replica.begin_round(self.period(self._replica.step, 0.0))
+            clock = self._replica.round
+            self._opened_at = clock.step
+            clock.begin(self.period(clock.step, 0.0))

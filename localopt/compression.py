@@ -8,18 +8,16 @@ al., arXiv 1901.09847).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .collective import Collective, synchronised_clock
-from .flat import Vector
-from .replica import Replica
+from .collective import Collective, Pending
 
 PIECE = 2**20  # elements that are looked at at once: what is beside them in memory stays small
 
@@ -137,92 +135,112 @@ def codec(compress: str | Codec | None) -> Codec | None:
     return CODECS[compress]()
 
 
-class ChangeMean:
-    """The mean of the replicas' changes, each rank averaging one shard of it.
+class CompressedPending:
+    """Means in fewer bytes on their way, behind training; each rank averages one shard of each.
 
-    d_i = z - x_i + e_i;  every rank j gets shard j of C(d_i) from each i, and averages them with
-    its own, uncompressed; C of that goes to all. e_i keeps what rank i's codec has lost: of d_i
-    outside its shard, and m times that of the mean inside. So with z as the start of each round,
-    the sum of all means is that of all changes less mean_i(e_i).
-
-    Bytes sent per rank: 2 (m - 1) / m of the compressed parameters, however many the ranks are.
+    Shards of C(d_i) go from every rank i to every rank j, which averages those it gets with its
+    own, uncompressed; C of that goes to all. ``d`` keeps what is lost on the way: what rank i's
+    codec has lost outside its shard, and m times what is lost of the mean inside.
 
     Args:
-        replica: whose parameters.
-        compress: the codec.
-        start: z, the parameters at the round's start, equal on all replicas.
-        lost: e, zeros at first.
+        changes: d, one tensor (n,) per buffer; what is lost of it afterwards.
+        means: where the means are written, of the same shapes.
+        collective: the ranks; nothing else may be launched in it meanwhile.
+        codec: C.
+        behind: whether they travel behind training.
+
+    Attributes:
+        bytes: that this rank sends: 2 (m - 1) / m of the compressed numbers, whatever m is.
     """
 
-    def __init__(self, replica: Replica, compress: Codec, start: Vector, lost: Vector) -> None:
-        self._replica, self._codec, self._start, self._lost = replica, compress, start, lost
+    def __init__(
+        self,
+        changes: Sequence[Tensor],
+        means: Sequence[Tensor],
+        collective: Collective,
+        codec: Codec,
+        *,
+        behind: bool = False,
+    ) -> None:
+        self._parts = [
+            _Part(d, mean, collective, codec, number, behind)
+            for number, (d, mean) in enumerate(zip(changes, means, strict=True))
+            if len(d)  # else: a type that only buffers have
+        ]
+        self.bytes = sum(part.bytes for part in self._parts)
 
-    @contextmanager
-    def mean_(
-        self, settings: object = (), check: Callable[[], None] = lambda: None
-    ) -> Iterator[None]:
-        """In here the parameters are the mean of z - x_i, as it has arrived. Collective.
+    def done(self) -> bool:
+        """Whether all has arrived; goes on with what has, without waiting."""
+        pending = [part for part in self._parts if not part.done()]  # each goes on
+        return not pending
 
-        What is averaged beside the parameters (buffers) travels uncompressed.
+    def wait(self) -> None:
+        """Wait for it, and write the means."""
+        for part in self._parts:
+            part.wait_shards()
+        for part in self._parts:
+            part.wait()
 
-        Args:
-            settings: as for `Replica.meet`.
-            check: what may raise on all ranks alike, once these have met.
 
-        Raises:
-            ReplicaMismatchError: if the ranks are not at the same call.
-            NonFiniteError: if a replica brought NaN or infinity.
-        """
-        replica, collective = self._replica, self._replica.collective
-        replica.gather_buffers()
-        (headers,) = replica.meet(settings=settings)
-        check()
-        replica.measure_spread(headers, collective)
-        with replica.changing():
-            self._replace()
-            yield
+class _Part:
+    """One tensor's."""
 
-    def _replace(self) -> None:
-        replica, collective = self._replica, self._replica.collective
-        flat = replica.flat
-        started, sent = synchronised_clock(replica.device), 0
-        for x, z, e in zip(flat.params, self._start.data, self._lost.data, strict=True):
-            if not len(x):
-                continue  # a type that only buffers have
-            e.add_(z.to(x.dtype)).sub_(x)
-            sent += self._mean_of(e, x, collective)
-        for buffer in flat.buffers:
-            buffer.beside_averaged.div_(collective.world_size)
-        with replica.told():
-            sent += collective.sum_([b.beside for b in flat.buffers if len(b.beside)])
-        replica.buffers.scatter(flat.views)
-        replica.count_part(sent, started)
-
-    def _mean_of(self, d: Tensor, mean: Tensor, collective: Collective) -> int:
-        """Write the mean of ``d`` over the ranks to ``mean``, and what is lost of it to ``d``."""
-        m, rank, codec = collective.world_size, collective.rank, self._codec
+    def __init__(
+        self,
+        d: Tensor,
+        mean: Tensor,
+        collective: Collective,
+        codec: Codec,
+        number: int,
+        behind: bool,
+    ) -> None:
+        self._d, self._mean, self._collective, self._codec = d, mean, collective, codec
+        m, rank = collective.world_size, collective.rank
+        self.bytes = 0
+        self._averaged: Pending | None = None
         if m == 1:
-            mean.copy_(d)
-            d.zero_()
-            return 0
+            return
         blocks = -(-len(d) // codec.block)
         size = -(-blocks // m) * codec.block
-        ends = [min(size * i, len(d)) for i in range(m + 1)]
-        shards = [d[a:b] for a, b in itertools.pairwise(ends)]
-        wires = torch.zeros(m, codec.size(size), dtype=torch.uint8, device=d.device)
-        for i, shard in enumerate(shards):
+        self._ends = [min(size * i, len(d)) for i in range(m + 1)]
+        self._shards = [d[a:b] for a, b in itertools.pairwise(self._ends)]
+        self._wires = torch.zeros(m, codec.size(size), dtype=torch.uint8, device=d.device)
+        for i, shard in enumerate(self._shards):
             if i != rank:
-                codec.send_(shard, wires[i])
-        with self._replica.told():
-            received, sent = collective.exchange_shards(wires)
-        mine = shards[rank]
+                codec.send_(shard, self._wires[i])
+        self._received, self._exchanged = collective.start_exchange_shards(
+            self._wires, number, behind=behind
+        )
+        self.bytes = self._exchanged.bytes + self._wires.nbytes * (m - 1) // m
+
+    def done(self) -> bool:
+        if self._collective.world_size == 1:
+            return True
+        if self._averaged is None and self._exchanged.done():
+            with contextlib.suppress(RuntimeError):  # `wait` raises it again
+                self.wait_shards()
+        return self._averaged is not None and self._averaged.done()
+
+    def wait_shards(self) -> None:
+        """Wait for the other ranks' shards, and send their mean on."""
+        m, rank, codec = self._collective.world_size, self._collective.rank, self._codec
+        if m == 1 or self._averaged is not None:
+            return
+        self._exchanged.wait()
+        mine = self._shards[rank]
+        received = self._received()
         for i in range(m):
             if i != rank:
                 codec.receive_(mine, received[i], add=True)
-        codec.send_(mine.div_(m), wires[rank])
+        codec.send_(mine.div_(m), self._wires[rank])
         mine.mul_(m)
-        with self._replica.told():
-            sent += collective.gather_shards_(wires)
-        for i in range(m):
-            codec.receive_(mean[ends[i] : ends[i + 1]], wires[i])
-        return sent
+        self._averaged = self._collective.start_gather_shards_(self._wires)
+
+    def wait(self) -> None:
+        if self._averaged is None:  # one rank
+            self._mean.copy_(self._d)
+            self._d.zero_()
+            return
+        self._averaged.wait()
+        for i, (a, b) in enumerate(itertools.pairwise(self._ends)):
+            self._codec.receive_(self._mean[a:b], self._wires[i])

@@ -126,6 +126,11 @@ class Memory:
         return Memory(*self._layout)
 
     @property
+    def device(self) -> torch.device:
+        """The first buffer's."""
+        return self.buffers[0].data.device
+
+    @property
     def params(self) -> list[Tensor]:
         """The parameters' part of each buffer, (n,)."""
         return [buffer.params for buffer in self.buffers]
@@ -258,6 +263,11 @@ class Vector:
         for mine, x in zip(self.data, source, strict=True):
             mine.copy_(x)
 
+    def write_to(self, target: Sequence[Tensor]) -> None:
+        """Give other tensors of this layout these values."""
+        for mine, x in zip(self.data, target, strict=True):
+            x.copy_(mine)
+
     def equals(self, other: Sequence[Tensor]) -> bool:
         """Whether tensors of this layout hold the same values. Cost: one host sync each."""
         return all(torch.equal(z.to(x.dtype), x) for z, x in zip(self.data, other, strict=True))
@@ -322,6 +332,25 @@ class Fragments:
     def of(self, tensors: Sequence[Tensor], k: int) -> list[Tensor]:
         """Fragment k of each buffer's (n,)."""
         return [x[cuts[k] : cuts[k + 1]] for x, cuts in zip(tensors, self._cuts, strict=True)]
+
+    def pieces(self, tensors: Sequence[Tensor], k: int) -> dict[str, Tensor]:
+        """Fragment k of each buffer's (n,), by the parameters it is made of: (n,) each."""
+        return self._pieces(tensors, k, [0] * len(self._cuts))
+
+    def pieces_of_mean(self, k: int) -> dict[str, Tensor]:
+        """The same of what `memory` holds."""
+        return self._pieces(self.memory.params, k, [cuts[k] for cuts in self._cuts])
+
+    def _pieces(
+        self, tensors: Sequence[Tensor], k: int, starts: Sequence[int]
+    ) -> dict[str, Tensor]:
+        pieces = {}
+        for x, cuts, spans, start in zip(tensors, self._cuts, self._spans, starts, strict=True):
+            for name, first, last in spans:
+                a, b = max(first, cuts[k]), min(last, cuts[k + 1])
+                if a < b:
+                    pieces[f"{name}[{a - first}:]"] = x[a - start : b - start]
+        return pieces
 
     def mean(self, k: int) -> list[Tensor]:
         """What `memory` holds of fragment k."""

@@ -146,15 +146,15 @@ def check_in_step(headers: Mapping[int, Header], name: Callable[[int], str]) -> 
             "of batches, same period, same learning rate"
         )
     step = next(iter(headers.values())).step
-    if odd := _parted(headers, lambda header: header.settings):
-        raise ReplicaMismatchError(
-            f"at step {step} the settings of {_versus(odd)} differ: learning rates, the outer "
-            "optimizer's settings, and train() or eval() must be the same on all ranks"
-        )
     if odd := _parted(headers, lambda header: header.rates):
         raise ReplicaMismatchError(
             f"at step {step} the learning rates of {_versus(odd)} differ: all ranks must use the "
             "same schedule, and step it as often"
+        )
+    if odd := _parted(headers, lambda header: header.settings):
+        raise ReplicaMismatchError(
+            f"at step {step} the settings of {_versus(odd)} differ: learning rates, the outer "
+            "optimizer's settings, and train() or eval() must be the same on all ranks"
         )
 
 

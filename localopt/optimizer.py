@@ -28,15 +28,17 @@ from .checks import (
     homes_of,
     named_parameters,
 )  # fmt: skip
-from .collective import Collective, Traffic
+from .collective import Collective
 from .elsewhere import averaged_elsewhere
 from .flat import Flat, entries_of
 from .header import Kind
-from .replica import Replica, SyncReport, modes_of
+from .meeting import SyncReport, modes_of
+from .replica import Replica
 from .sync import Average, Rule
+from .traffic import Traffic
 
-STATE_VERSION = 4
-READABLE = (3, 4)
+STATE_VERSION = 5
+READABLE = (3, 4, 5)
 
 PLACE = "localopt"  # in the first parameter group of a state
 
@@ -122,8 +124,9 @@ class LocalOptimizer(Optimizer):
         self._init_hooks()
         flat, buffers_ = self._build(first=True)
         self._replica = Replica(
-            flat, self._collective, buffers_, inner, name=self._name(), **self._options
-        )
+            flat, self._collective, buffers_, inner, levels=self.sync.levels(self._collective),
+            name=self._name(), **self._options,
+        )  # fmt: skip
         self._replica.equalise()
         self.sync.attach(self._replica)
 
@@ -226,9 +229,10 @@ class LocalOptimizer(Optimizer):
         """
         self._refuse("add_param_group()")
         replica = self._replica
-        if replica.open:
+        clock = replica.round
+        if clock.open:
             raise RuntimeError(
-                f"add_param_group at step {replica.step}, {replica.remaining} steps before the "
+                f"add_param_group at step {clock.step}, {clock.remaining} steps before the "
                 "round ends: add groups between rounds (when .synced), or call finish() first"
             )
         self.sync.land()
@@ -272,22 +276,22 @@ class LocalOptimizer(Optimizer):
     @property
     def synced(self) -> bool:
         """Whether no round is open: under `Average`, whether all replicas are equal."""
-        return not self._replica.open
+        return not self._replica.round.open
 
     @property
     def h(self) -> int:
         """H of the open round, or of the last one."""
-        return self._replica.h
+        return self._replica.round.h
 
     @property
     def round(self) -> int:
         """Rounds finished."""
-        return self._replica.round
+        return self._replica.round.number
 
     @property
     def traffic(self) -> Traffic:
         """Synchronisations, bytes and seconds of this rank."""
-        return self._replica.traffic
+        return self._replica.meeting.meter.traffic
 
     @property
     def report(self) -> SyncReport | None:
@@ -296,7 +300,7 @@ class LocalOptimizer(Optimizer):
         Where the collective runs behind training, it is of the synchronisation before that, for
         that is the last one that has arrived.
         """
-        return self._replica.report
+        return self._replica.meeting.report
 
     @property
     def drift(self) -> float | None:
@@ -306,7 +310,7 @@ class LocalOptimizer(Optimizer):
         synchronisation; where a rule pulls replicas first, after its pull. It is computed from
         norms: in float32 it cannot resolve a spread below about 1e-5 of the parameters' norm.
         """
-        return None if self._replica.report is None else self._replica.report.drift
+        return None if self.report is None else self.report.drift
 
     @with_own_hooks
     @one_at_a_time
@@ -322,18 +326,18 @@ class LocalOptimizer(Optimizer):
         Raises:
             SyncError: when a round ends on replicas that do not fit; see `average`.
         """
-        replica = self._replica
-        if replica.lost is not None or self._in_consensus:
+        clock = self._replica.round
+        if self._replica.lost is not None or self._in_consensus:
             self._refuse("step()")
-        if not replica.open:
+        if not clock.open:
             self._begin_round()
-        elif not replica.remaining:
-            replica.remaining = 1  # its end has failed: gradients are those of this replica still
+        elif not clock.remaining:
+            clock.extend()
         self.sync.before_step()
         lr = self.inner.param_groups[0].get("lr", math.nan)
         loss = self._inner_step(closure)
-        self._replica.record_lr(lr)
-        if _is_number(loss) and not self._replica.has_loss:
+        clock.record_lr(lr)
+        if _is_number(loss) and not clock.has_loss:
             self.record_loss(loss)
         if self.auto:
             self._average()
@@ -360,76 +364,77 @@ class LocalOptimizer(Optimizer):
             SyncError: if another rank has gone.
         """
         self._refuse("average()")
-        if not self._replica.open:
+        if not self._replica.round.open:
             self._begin_round(stepped=True)  # by the inner optimizer, behind this one's back
         return self._average()
 
     def _average(self) -> bool:
-        replica = self._replica
-        if replica.remaining:
+        clock = self._replica.round
+        if clock.remaining:
             self._check_loss()
-            replica.count_step()
-            replica.poll()
+            clock.count_step()
+            self.sync.poll()
             self.sync.after_step()
-        if replica.remaining > 0:
+        if clock.remaining > 0:
             return False
         self._end_round()
         return True
 
     def _end_round(self) -> None:
-        replica = self._replica
+        replica, clock, meeting = self._replica, self._replica.round, self._replica.meeting
         replica.flat.check_pointers()  # before the rule pulls what lives there no more
         self.sync.end_round()
         replica.end_round(next_loss=True)  # recorded before what was owed
-        if replica.uneven:
+        if meeting.uneven:
             self._warn_once(
                 "uneven",
-                f"in the {replica.h} steps of the round that ended at step {replica.step} replicas "
-                f"have made different numbers of backward passes, by rank {replica.uneven}. Where "
+                f"in the {clock.h} steps of the round that ended at step {clock.step} replicas "
+                f"have made different numbers of backward passes, by rank {meeting.uneven}. Where "
                 "a step is skipped, as by a guard against NaN or DeepSpeed's check for overflow, "
                 "call average() in its place, so that it counts",
             )
-        if replica.alike and self._looks:
+        if meeting.alike and self._looks:
             self._looks -= 1  # it costs tens of milliseconds
             self._look_elsewhere()
 
     def _look_elsewhere(self) -> None:
         """Warn if somebody else averages the gradients, so that replicas never part."""
-        replica = self._replica
-        params = [p for _, p in replica.flat.named]
-        losses = [] if replica.report is None else replica.report.losses
-        who = averaged_elsewhere(params, losses) if replica.last_lr > 0 else None
+        clock = self._replica.round
+        params = [p for _, p in self._replica.flat.named]
+        losses = [] if self.report is None else self.report.losses
+        who = averaged_elsewhere(params, losses) if clock.last_lr > 0 else None
         if who is not None:
             self._warn_once(
                 "elsewhere",
-                f"all replicas were equal, bit for bit, after {replica.h} local steps (step "
-                f"{replica.step}): {who} averages gradients at every step, so that local steps "
+                f"all replicas were equal, bit for bit, after {clock.h} local steps (step "
+                f"{clock.step}): {who} averages gradients at every step, so that local steps "
                 "save nothing. Do not wrap the model in DistributedDataParallel, also not by "
                 "accelerator.prepare(model) or a Trainer's ddp strategy; or train within its "
                 "no_sync()",
             )
 
     def _check_loss(self) -> None:
-        replica = self._replica
-        if self.sync.needs_loss and not replica.has_loss:
+        clock = self._replica.round
+        if self.sync.needs_loss and not clock.has_loss:
             raise RuntimeError(
                 f"{type(self.sync).__name__} needs the training loss of every step, and step "
-                f"{replica.step + 1} on rank {self._collective.rank} has none: call "
+                f"{clock.step + 1} on rank {self._collective.rank} has none: call "
                 "step(closure), or optimizer.record_loss(loss) before step()"
             )
 
     def _begin_round(self, *, stepped: bool = False) -> None:
-        replica = self._replica
-        replica.flat.check_pointers()
+        clock, flat = self._replica.round, self._replica.flat
+        flat.check_pointers()
         self._check_model()
-        if replica.round == 0:
+        if clock.number == 0:
             self.sync.begin()
-        h = self.period(replica.step, float(self.inner.param_groups[0].get("lr", math.nan)))
+        h = self.period(clock.step, float(self.inner.param_groups[0].get("lr", math.nan)))
         if not isinstance(h, int) or not 1 <= h < 2**63:
-            raise ValueError(f"period gave H = {h!r} at step {replica.step}: not a positive int")
+            raise ValueError(f"period gave H = {h!r} at step {clock.step}: not a positive int")
         # An optimizer with two modes changes weights between rounds, and back.
         same = not stepped and not hasattr(self.inner, "eval")
-        replica.begin_round(h, equal=self.sync.replicas_agree and same)
+        equal = same and self.sync.replicas_agree and self._collective.world_size > 1
+        clock.begin(h, start=flat.sample() if equal else 0)
 
     def _check_model(self) -> None:
         """Raise `RuntimeError` if the model has got other Parameters than the optimizer's."""
@@ -442,7 +447,7 @@ class LocalOptimizer(Optimizer):
                 )
 
     def _refuse(self, call: str) -> None:
-        self._replica.check_usable()
+        self._replica.check_not_lost()
         if self._in_consensus:
             raise RuntimeError(f"{call} inside consensus(): the model is not the replica's own now")
 
@@ -455,7 +460,13 @@ class LocalOptimizer(Optimizer):
         Raises:
             RuntimeError: if this step has one already.
         """
-        self._replica.record_loss(loss)
+        clock = self._replica.round
+        if clock.has_loss:
+            raise RuntimeError(
+                f"step {clock.step + 1} on rank {self._collective.rank} has a loss already: record "
+                "one number for each step, the mean where a step accumulates gradients"
+            )
+        clock.record_loss(loss)
 
     # GradScaler asks for this, and then calls step() even where it found infinities, so that a
     # skipped inner step still counts towards the round on every replica.
@@ -507,9 +518,10 @@ class LocalOptimizer(Optimizer):
         Raises:
             RuntimeError: after the first step.
         """
-        if self._replica.round or self._replica.open:
-            raise RuntimeError(f"start_at({step}) after {self._replica.step} steps: call it first")
-        self._replica.step = step
+        clock = self._replica.round
+        if clock.number or clock.open:
+            raise RuntimeError(f"start_at({step}) after {clock.step} steps: call it first")
+        clock.start_at(step)
 
     # The model to evaluate, and the end.
 
@@ -573,7 +585,7 @@ class LocalOptimizer(Optimizer):
         self._refuse("finish()")
         replica = self._replica
         self.sync.finish()
-        if replica.open:
+        if replica.round.open:
             replica.end_round()
 
     # Saving: one state per rank.
@@ -593,7 +605,7 @@ class LocalOptimizer(Optimizer):
                 it does not replace what was saved before.
             SyncError: if a collective that is in flight has failed.
         """
-        self._replica.check_usable()
+        self._replica.check_not_lost()
         self.sync.land()
         if self._options["check_finite"]:
             self._replica.check_finite_here()
@@ -642,8 +654,8 @@ class LocalOptimizer(Optimizer):
             for group in state["param_groups"]
         ]
         self.inner.load_state_dict(state)
-        self._replica.lost = None
-        self._replica.drop()  # what is in flight belongs to the run that is left
+        self._replica.recover()
+        self.sync.drop()  # what is in flight belongs to the run that is left
         if place is None:
             self._replica.start_over()
             self.sync.start_over()
@@ -651,7 +663,7 @@ class LocalOptimizer(Optimizer):
             self._replica.load_state_dict(place["replica"])
             self.sync.load_state_dict(place["sync"])
             if place["world_size"] != self._collective.world_size:
-                self._replica.forget_others()
+                self._replica.meeting.forget_others()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -671,7 +683,8 @@ class LocalOptimizer(Optimizer):
         agreed = place["sync"]["replicas_agree"] and not is_open
         wanted = ("rule",) if agreed else mine
         for key in wanted:
-            if place[key] != mine[key]:
+            same = place[key] == mine[key] or (key == "rule" and place[key] == self.sync.was_named)
+            if not same:
                 raise ValueError(
                     f"rank {mine['rank']}: the state to load has {key} {place[key]!r}, this "
                     f"optimizer {mine[key]!r}"

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 
 from .average import Average
-from .block_momentum import BMUF, BlockMomentum, DiLoCo, SlowMo
+from .block_momentum import BlockMomentum
+from .bmuf import BMUF
 from .cocod import CoCoDSGD
-from .elastic import EASGD
+from .diloco import DiLoCo
+from .easgd import EASGD
 from .hierarchical import HierarchicalAverage
-from .leader import LSGD
+from .lsgd import LSGD
 from .overlap import OverlapLocalSGD
 from .rule import Rule
+from .slowmo import SlowMo
 from .streaming import Streaming
 
 # By the name that a recipe gives.

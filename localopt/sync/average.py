@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..compression import ChangeMean, Codec, codec
+from ..compression import Codec, codec
 from ..flat import Entry
 from ..replica import Replica
 from .rule import Rule
@@ -59,12 +59,9 @@ class Average(Rule):
 
     def attach(self, replica: Replica) -> None:
         super().attach(replica)
-        chosen = codec(self.compress)
-        if chosen is None:
-            self._changes = None
-            return
-        self.z = self.anchor("z")
-        self._changes = ChangeMean(replica, chosen, self.z, self.momentum("lost"))
+        if self.compress is not None:
+            self.z = self.anchor("z")
+            self.change = self.mean_change(self.compress)
 
     def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
         return [Entry.like(f"{name}/{f}", p) for f in self.state_fields for name, p in params]
@@ -72,21 +69,19 @@ class Average(Rule):
     @torch.no_grad()
     def end_round(self) -> None:
         self.adopt()
-        if self._changes is None:
-            self.replica.mean_()
+        if self.compress is None:
+            self.in_place.mean_()
         else:
-            with self._changes.mean_():
+            with self.change.mean_change(self.z):
                 for z, x in zip(self.z.data, self.replica.flat.params, strict=True):
                     x.copy_(z.sub_(x))
         self.replicas_agree = True
         self._reset_state()
 
     def finish(self) -> None:
-        ends_round = self.replica.open
+        ends_round = self.replica.round.open
         self.adopt()
         super().finish()
-        if self._changes is not None and not self.z.equals(self.replica.flat.params):
-            self.z.copy_(self.replica.flat.params)
         if ends_round:
             self._reset_state()
 

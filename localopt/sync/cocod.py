@@ -29,7 +29,8 @@ class CoCoDSGD(Rule):
     def attach(self, replica: Any) -> None:
         super().attach(replica)
         # While a mean is in flight s_i; once it has landed the correction mean(s) - s_i.
-        self.s = self.momentum("s")
+        self.s = self.zeros("s")
+        self.mean = self.mean_of_copies()
         self._corrects = False
 
     @torch.no_grad()
@@ -40,12 +41,12 @@ class CoCoDSGD(Rule):
                 x.add_(s)
             self._corrects = False  # where the launch fails it is made again, and this is not
         self.s.copy_(self.replica.flat.params)
-        self.replica.launch()
+        self.mean.launch()
         self.replicas_agree = False
 
     @torch.no_grad()
     def land(self) -> None:
-        mean = self.replica.land()
+        mean = self.mean.land()
         if mean is not None:
             for s, average in zip(self.s.data, mean, strict=True):
                 torch.sub(average.to(s.dtype), s, out=s)

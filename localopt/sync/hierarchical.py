@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ..collective import Across
+from ..collective import Across, Collective
 from .rule import Rule
 
 
@@ -42,16 +42,16 @@ class HierarchicalAverage(Rule):
                     f"HierarchicalAverage: {name} is {value!r}: it must be an integer of at least 1"
                 )
 
-    def attach(self, replica: Any) -> None:
-        everyone = replica.collective
+    def levels(self, everyone: Collective) -> Sequence[Collective]:
+        inside, _ = everyone.split(self.group_size)
+        return [inside] if self.group_size == everyone.world_size else [inside, everyone]
+
+    def sums(self, everyone: Collective) -> Sequence[Collective | Across]:
         inside, peers = everyone.split(self.group_size)
-        super().attach(replica)
-        replica.levels = [inside, Across(inside, peers, everyone.ranks)]
-        one_group = self.group_size == everyone.world_size
-        replica.meets = [inside] if one_group else [inside, everyone]
+        return [inside, Across(inside, peers, everyone.ranks)]
 
     def end_round(self) -> None:
-        meets_all = (self.replica.round + 1) % self.global_every == 0
-        self.replica.mean_(levels=None if meets_all else 1)
+        meets_all = (self.replica.round.number + 1) % self.global_every == 0
+        self.in_place.mean_(levels=None if meets_all else 1)
         one_group = self.group_size == self.replica.collective.world_size
         self.replicas_agree = meets_all or one_group

@@ -58,31 +58,33 @@ class OverlapLocalSGD(Rule):
     def attach(self, replica: Any) -> None:
         super().attach(replica)
         self.z = self.anchor("z")
-        self.v = self.momentum("v")
+        self.v = self.zeros("v")
+        self.mean = self.mean_of_copies()
         self._pulled = False
 
     @torch.no_grad()
     def end_round(self) -> None:
         self.land()
-        gamma = self.replica.lr if self.normalize_by_lr else 1.0
+        clock = self.replica.round
+        gamma = clock.lr if self.normalize_by_lr else 1.0
         if not gamma > 0:
-            self.replica.launch(settings=gamma)  # nobody waits for this rank when it has gone
-            self.replica.land()
+            self.mean.launch(settings=gamma)  # nobody waits for this rank when it has gone
+            self.mean.land()
             raise ValueError(
-                f"the mean learning rate of the round that ended at step {self.replica.step} is "
-                f"{gamma}, and normalize_by_lr divides by it: keep the rate above zero"
+                f"the mean learning rate of the round that ended at step {clock.step} is {gamma}, "
+                f"and normalize_by_lr divides by it: keep the rate above zero"
             )
         self._gamma = gamma
         if not self._pulled:  # else it is the launch alone that has failed, and is made again
             pull_(self.replica.flat.params, self.z.data, self.alpha)
             self._pulled = True
-        self.replica.launch(settings=gamma)
+        self.mean.launch(settings=gamma)
         self._pulled = False
         self.replicas_agree = False
 
     @torch.no_grad()
     def land(self) -> None:
-        mean = self.replica.land()
+        mean = self.mean.land()
         if mean is None:
             return
         for z, v, average in zip(self.z.data, self.v.data, mean, strict=True):
@@ -90,11 +92,9 @@ class OverlapLocalSGD(Rule):
             v.mul_(self.beta).add_(average.to(z.dtype) - z, alpha=1 / self._gamma)
             z.add_(v, alpha=self._gamma)
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Make the replicas equal to their mean; the anchor goes on from there."""
         super().finish()
-        self.z.copy_(self.replica.flat.params)
         self._pulled = False
 
     def start_over(self) -> None:

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ..collective import Across, Collective
+from ..compression import Codec, codec
 from ..flat import Entry, Vector
 from ..header import Kind
-
-if TYPE_CHECKING:
-    from ..replica import Replica
+from ..outer import Outer
+from ..replica import Replica
+from ..transport import Compressed, Copied, InPlace
 
 
 class Rule(ABC):
     """Base of the rules. A subclass is one file in this folder.
 
-    A rule sees its replica's flat memory and its collectives, and nothing of periods. It is
-    attached once, when all replicas hold the same parameters. What it keeps for each element of
-    the parameters are vectors that it asks for with `anchor` and `momentum`: saving, loading and
-    new parameter groups are then taken care of here.
+    A rule sees its replica, and nothing of periods. It is attached once, when all replicas hold the
+    same parameters. What it keeps and what it sends are parts that it asks for when it is attached
+    (`anchor`, `zeros`, `outer_step`, `mean_of_copies`, `mean_change`): saving, loading and new
+    parameter groups are then taken care of here.
 
     Attributes:
+        replica: the replica.
+        in_place: the mean of the parameters in their own memory.
         agrees: whether rounds end, all or some, with all replicas equal.
         replicas_agree: whether all replicas are known to hold the same parameters, where no round
             is open. Before the first round they are not: weights may have been loaded since.
         needs_loss: whether the training loss must be recorded at every step.
         overlaps: whether what it sends travels behind training; else replicas wait for it.
         centre: name of the anchor that is the consensus; None: the replicas' mean is.
+        was_named: by which other name states of this rule were saved.
     """
 
     replica: Replica
@@ -39,6 +45,15 @@ class Rule(ABC):
     needs_loss = False
     overlaps = False
     centre: str | None = None
+    was_named: str | None = None
+
+    def levels(self, everyone: Collective) -> Sequence[Collective]:
+        """Whom with headers are exchanged at a meeting, one after another."""
+        return [everyone]
+
+    def sums(self, everyone: Collective) -> Sequence[Collective | Across]:
+        """The sums that one after another make the sum over all replicas."""
+        return [everyone]
 
     def attach(self, replica: Replica) -> None:
         """Allocate what the rule keeps. Called once, by the optimizer. Collective."""
@@ -47,10 +62,11 @@ class Rule(ABC):
                 f"this {type(self).__name__} already belongs to an optimizer: make a new one"
             )
         self.replica = replica
-        if self.overlaps:
-            replica.use_own_group()
+        self.in_place = InPlace(replica, self.sums(replica.collective))
+        self._copied: Copied | None = None
         self._anchors: dict[str, Vector] = {}
         self._momenta: dict[str, Vector] = {}
+        self._outer: Outer | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -63,16 +79,62 @@ class Rule(ABC):
             )
         return vars(self)
 
+    # What a rule asks for when it is attached.
+
     def anchor(self, name: str, *, wide: bool = True) -> Vector:
-        """A vector that starts as the parameters; ``wide``: in float32 for those of 16 bits."""
+        """A vector that starts as the parameters; ``wide``: in float32 for those of 16 bits.
+
+        One named "z" starts again at the consensus when all replicas are made equal.
+        """
         self._anchors[name] = self.replica.flat.vector(wide=wide)
         self._anchors[name].copy_(self.replica.flat.params)
         return self._anchors[name]
 
-    def momentum(self, name: str) -> Vector:
+    def zeros(self, name: str) -> Vector:
         """A vector that starts as zeros."""
         self._momenta[name] = self.replica.flat.vector(wide=True)
         return self._momenta[name]
+
+    def mean_of_copies(
+        self,
+        fragments: int | None = None,
+        *,
+        start: Vector | None = None,
+        compress: str | Codec | None = None,
+    ) -> Copied:
+        """x̄ in memory of its own; behind training if the rule `overlaps`. Collective.
+
+        Args:
+            fragments: into how many to cut the parameters.
+            start: z, to have the mean of z - x instead.
+            compress: a codec for that, or its name.
+        """
+        chosen = codec(compress)
+        lost = None if chosen is None else self.zeros("lost")
+        self._copied = Copied(
+            self.replica, behind=self.overlaps, fragments=fragments, start=start,
+            compress=chosen, lost=lost,
+        )  # fmt: skip
+        return self._copied
+
+    def mean_change(self, compress: str | Codec | None) -> InPlace | Compressed:
+        """The mean of what a round has changed, in place of the parameters."""
+        chosen = codec(compress)
+        if chosen is None:
+            return self.in_place
+        return Compressed(self.replica, chosen, self.zeros("lost"))
+
+    def outer_step(self, outer: Outer) -> Optimizer:
+        """An outer optimizer on `stepped`."""
+        outer.attach(self.stepped(), self.replica.collective.world_size)
+        self._outer = outer
+        return outer.optimizer
+
+    def stepped(self) -> dict[str, Tensor]:
+        """What the outer optimizer steps on: z, by parameter."""
+        return self._anchors["z"].views
+
+    # What happens when.
 
     def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
         """What the rule wants averaged in the parameters' collective; entries of the layout."""
@@ -108,17 +170,30 @@ class Rule(ABC):
     def land(self) -> None:  # noqa: B027 (most rules leave nothing in flight)
         """Wait for the collective in flight, if any, and take what it brings. Launches none."""
 
+    def poll(self) -> None:
+        """Take note if what is in flight has arrived. No waiting."""
+        if self._copied is not None:
+            self._copied.poll()
+
+    def drop(self) -> None:
+        """Wait for what is in flight, if anything, and forget it."""
+        if self._copied is not None:
+            self._copied.drop()
+
     def enter_consensus(self) -> None:
         """Put into the parameters the model that should be evaluated. Collective."""
         self.land()
-        self.replica.mean_(Kind.CONSENSUS, ends_round=False)
+        self.in_place.mean_(Kind.CONSENSUS, ends_round=False)
 
     def finish(self) -> None:
         """Make all replicas equal to the consensus, with no collective left in flight."""
         self.land()
-        replica = self.replica
-        believed = self.replicas_agree and not replica.open
-        replica.mean_(Kind.FINISH, ends_round=replica.open, believed_equal=believed)
+        is_open = self.replica.round.open
+        believed = self.replicas_agree and not is_open
+        self.in_place.mean_(Kind.FINISH, ends_round=is_open, believed_equal=believed)
+        z = self._anchors.get("z")
+        if z is not None and not z.equals(self.replica.flat.params):
+            z.copy_(self.replica.flat.params)
         self.replicas_agree = True
 
     @torch.no_grad()
@@ -128,6 +203,8 @@ class Rule(ABC):
             vector.copy_(self.replica.flat.params)
         for vector in self._momenta.values():
             vector.copy_([torch.zeros_like(x) for x in vector.data])
+        if self._outer is not None:
+            self._outer.start_over()
         self.replicas_agree = False
 
     @torch.no_grad()
@@ -139,6 +216,10 @@ class Rule(ABC):
                 new.copy_(self.replica.flat.params)
             new.load_state_dict(vector.views)
             vector.data, vector.views = new.data, new.views
+        if self._copied is not None:
+            self._copied.relayout()
+        if self._outer is not None:
+            self._outer.relayout(self.stepped())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in types that ``torch.load(weights_only=True)`` reads."""
@@ -148,31 +229,16 @@ class Rule(ABC):
             "anchors": list(self._anchors),
             "centre": self.centre,
             "vectors": {name: vector.state_dict() for name, vector in vectors.items()},
+            **(self._outer.state_dict() if self._outer is not None else {}),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+        if self._outer is not None:
+            self._outer.check_state(state)
         self.replicas_agree = state["replicas_agree"]
         for name, vector in {**self._anchors, **self._momenta}.items():
             vector.load_state_dict(state["vectors"][name])
-
-
-def check_outer_momentum(eta: float) -> None:
-    """Raise `ValueError` for an outer SGD whose momentum η diverges."""
-    if not 0 <= eta < 1:
-        raise ValueError(f"the outer momentum is {eta}: it must lie in [0, 1), or it diverges")
-
-
-def check_outer_lr(zeta: float, eta: float, *, nesterov: bool) -> None:
-    """Raise `ValueError` for an outer SGD of rate ζ and momentum η that diverges on long rounds.
-
-    A long round reaches its optimum x*, and Δ = z - x*. Then z is stable for η < 1 and
-    ζ < 2 (1 + η), with Nesterov momentum ζ < 2 (1 + η) / (1 + 2 η).
-    """
-    bound = 2 * (1 + eta) / (1 + 2 * eta) if nesterov else 2 * (1 + eta)
-    if not 0 < zeta < bound:
-        raise ValueError(
-            f"the outer learning rate is {zeta}: with momentum {eta:g} it must lie between 0 and "
-            f"{bound:.3g}, or long rounds diverge"
-        )
+        if self._outer is not None:
+            self._outer.load_state_dict(state)

@@ -180,7 +180,7 @@ def sdtl_alone(rank: int, m: int) -> list[float]:
         comm_period=1, alone=True,
     )  # fmt: skip
     optimizer.sync.z.data[0].fill_(rank + 1.0)
-    optimizer._replica.round = 1  # the anchor was moved, as training would
+    optimizer._replica.round.number = 1  # the anchor was moved, as training would
     optimizer.step()
     optimizer.state_dict()  # waits for what is in flight
     return [float(p.detach()[0]), float(optimizer.sync.z.data[0][0])]

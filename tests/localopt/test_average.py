@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from localopt import QSR, Average, Constant, LocalAdamW, LocalOptimizer, LocalSGD, replica
+import localopt.traffic
+from localopt import QSR, Average, Constant, LocalAdamW, LocalOptimizer, LocalSGD
 from localopt.header import SLOT
 from tests.support.ranks import run
 
@@ -227,8 +228,8 @@ def test_wrong_state_fields() -> None:
 
 
 def sleepy(rank: int, m: int) -> dict[str, Any]:
-    real = replica.synchronised_clock  # the clocks of different hosts have no common zero
-    replica.synchronised_clock = lambda device: real(device) + 1000.0 * rank
+    real = localopt.traffic.synchronised_clock  # the clocks of different hosts have no common zero
+    localopt.traffic.synchronised_clock = lambda device: real(device) + 1000.0 * rank
     model = network()
     optimizer = LocalSGD(model.parameters(), RATE, period=Constant(3))
     before = optimizer.traffic.other_bytes

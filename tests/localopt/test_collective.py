@@ -39,8 +39,10 @@ def every_collective(rank: int, m: int) -> dict[str, tuple[list[list[float]], in
     assert pending.done()
     seen["behind"] = [tensor.tolist() for tensor in tensors], pending.bytes
     shards = torch.full((m, 6), rank + 1.0, dtype=torch.float64)
-    got, sent = group.exchange_shards(shards)
-    seen["exchanged"] = got.tolist(), sent
+    for behind in (False, True):
+        got, pending = group.start_exchange_shards(shards, behind=behind)
+        pending.wait()
+        seen[f"exchanged, behind {behind}"] = got().tolist(), pending.bytes
     rows = torch.zeros(m, 6, dtype=torch.float64)
     rows[rank] = rank + 1.0
     pending = group.start_rows_(rows)
@@ -48,8 +50,9 @@ def every_collective(rank: int, m: int) -> dict[str, tuple[list[list[float]], in
     seen["rows behind"] = rows.tolist(), pending.bytes
     rows = torch.zeros(m, 6, dtype=torch.float64)
     rows[rank] = rank + 1.0
-    sent = group.gather_shards_(rows)
-    seen["gathered"] = rows.tolist(), sent
+    pending = group.start_gather_shards_(rows)
+    pending.wait()
+    seen["gathered"] = rows.tolist(), pending.bytes
     return seen
 
 
@@ -66,7 +69,7 @@ def test_what_arrives_and_what_is_sent(m: int) -> None:
             "mean": ([[pytest.approx(total / m, rel=1e-15)] * n for n in SIZES], ring),
             "from rank 1": ([[2.0] * n for n in SIZES], (m - 1) * payload // m),
             "behind": ([[float(total)] * n for n in SIZES], ring),
-            "exchanged": (rows, shards),
+            **{f"exchanged, behind {behind}": (rows, shards) for behind in (False, True)},
             "rows behind": (rows, shards),
             "gathered": (rows, shards),
         }
@@ -101,10 +104,11 @@ def test_one_rank_sends_nothing() -> None:
 
 def every_collective_alone(rank: int, m: int) -> list[int]:
     group, x = Collective(), torch.ones(2, 3)
-    rows, sent = group.exchange_shards(x)
-    assert torch.equal(rows, torch.ones(2, 3))
-    told = [group.sum_([x]), group.mean_([x], [x]), group.broadcast_([x]), sent]
-    told += [group.gather_shards_(x), group.start_sum_([x]).bytes, group.start_rows_(x).bytes]
+    rows, exchange = group.start_exchange_shards(x)
+    assert torch.equal(rows(), torch.ones(2, 3))
+    told = [group.sum_([x]), group.mean_([x], [x]), group.broadcast_([x])]
+    behind = exchange, group.start_gather_shards_(x), group.start_sum_([x]), group.start_rows_(x)
+    told += [pending.bytes for pending in behind]
     assert torch.equal(x, torch.ones(2, 3))
     return told
 

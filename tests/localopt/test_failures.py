@@ -251,7 +251,7 @@ def headers_survive_nan(rank: int, m: int) -> str:
     """Out of step *and* not finite: the header travels beside the NaN, untouched."""
     p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = LocalSGD([p], 1.0, period=Constant(300))
-    optimizer._replica.step = 2**40
+    optimizer._replica.round.step = 2**40
     p.data.fill_(float("nan"))
     steps(optimizer, 257 + rank)
     with pytest.raises(ReplicaMismatchError) as caught:

@@ -49,8 +49,9 @@ class Before:
         self.weights: list[Tensor] = []
         for name in ("end_round", "after_step", "finish", "enter_consensus"):
             self._watch(optimizer, optimizer.sync, name)
-        if optimizer._replica.fragments is not None:  # one that arrives is used before the next
-            self._watch(optimizer, optimizer._replica, "land")
+        copied = optimizer.sync._copied
+        if copied is not None and copied.fragments:  # one that arrives is used before the next
+            self._watch(optimizer, copied, "land")
 
     def _watch(self, optimizer: LocalOptimizer, what: Any, name: str) -> None:
         call = getattr(what, name)
@@ -153,7 +154,7 @@ def rate(optimizer: LocalOptimizer) -> None:
 
 
 def one_step_more(optimizer: LocalOptimizer) -> None:
-    optimizer._replica.step += 1
+    optimizer._replica.round.step += 1
 
 
 def longer_round(optimizer: LocalOptimizer) -> None:
@@ -246,7 +247,7 @@ def longer(rank: int, m: int) -> list[float]:
         step(optimizer, rank)
     Collective.start_rows_ = whole
     step(optimizer, rank)
-    assert optimizer.synced and (optimizer.round, optimizer._replica.step) == (1, 3)
+    assert optimizer.synced and (optimizer.round, optimizer._replica.round.step) == (1, 3)
     return p.tolist()
 
 

@@ -294,7 +294,7 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
     refused([two[0], two[0]], "given for rank 1 is that of rank 0")
     refused(two[::-1], "given for rank 0 is that of rank 1")
     refused([two[0], by_hand(2, steps=4)[1]], "rank 1 is at step 4, rank 0 at 3")
-    refused([two[0], by_hand(2, DiLoCo)[1]], "rule is 'BlockMomentum', on rank 0 'Average'")
+    refused([two[0], by_hand(2, DiLoCo)[1]], "rule is 'DiLoCo', on rank 0 'Average'")
     refused([*two, by_hand(3)[2]], "world_size is 3, on rank 0 2")
     groups = [{k: v for k, v in g.items() if k != PLACE} for g in two[1][1]["param_groups"]]
     plain = {"state": two[1][1]["state"], "param_groups": groups}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from localopt import QSR, Constant, LocalAdamW, LocalSGD
-from localopt.collective import Traffic
+from localopt.traffic import Meter
 from tests.support.small_network import network, train
 
 # The round.
@@ -131,10 +131,10 @@ def test_refused_inside_consensus(steps: int) -> None:
 
 def test_wait() -> None:
     """Waits add up by rank; of ranks that were not met nothing is known."""
-    traffic = Traffic()
-    traffic.count_wait({0: 2.0, 1: 0.0, 2: 0.5}, 4)
-    traffic.count_wait({0: 3.0, 1: 3.0}, 4)
-    assert traffic.wait == [5.0, 3.0, 0.5, 0.0]
+    meter = Meter(torch.device("cpu"), 4)
+    meter.count_waits({0: 2.0, 1: 0.0, 2: 0.5})
+    meter.count_waits({0: 3.0, 1: 3.0})
+    assert meter.traffic.wait == [5.0, 3.0, 0.5, 0.0]
 
 
 def test_one_replica_sends_nothing() -> None:

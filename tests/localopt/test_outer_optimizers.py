@@ -113,4 +113,4 @@ def test_a_step_that_failed_has_no_rate() -> None:
         optimizer.step(fails)
     optimizer.param_groups[0]["lr"] = 0.25
     optimizer.step()
-    assert optimizer._replica.lr == 0.375
+    assert optimizer._replica.round.lr == 0.375

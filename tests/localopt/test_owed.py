@@ -38,7 +38,7 @@ def owed(rank: int, m: int, saved: list[dict[Any, Any]] | None) -> dict[Any, Any
     broken, seen = Broken(), {}
 
     def end(one: One) -> list[Tensor]:
-        while one.optimizer._replica.step < 17:
+        while one.optimizer._replica.round.step < 17:
             one.step(rank)
         return [*held(one.optimizer), torch.tensor(one.optimizer.traffic.syncs)]
 
@@ -63,7 +63,7 @@ def owed(rank: int, m: int, saved: list[dict[Any, Any]] | None) -> dict[Any, Any
                 model, state = torch.load(file, weights_only=True)
                 one.model.load_state_dict(model)
                 one.optimizer.load_state_dict(state)
-            if not one.optimizer._replica.remaining:
+            if not one.optimizer._replica.round.remaining:
                 assert one.optimizer.average()
             seen[case, start] = end(one)
     return seen
@@ -155,7 +155,7 @@ def goes_back(rank: int, m: int) -> int:
                 one.step(rank)
         one.model.set_vector(weights)
         one.optimizer.load_state_dict(state)
-        if oracle.CASES[case[0]][case[1]].delay == 0:
+        if not oracle.CASES[case[0]][case[1]].behind:
             assert same_bits(one.goes_on(rank), plain.goes_on(rank)), case
             answered += 1
         elif rank == 0:  # a mean that the other has not launched: it would be answered by the next

@@ -93,6 +93,6 @@ def test_our_settings_reach_local_optimizer() -> None:
             model.parameters(), period=Constant(2), sync=localopt.DiLoCo(), model=model,
             buffers="average", auto=False, track_drift=True, check_finite=False, alone=True,
         )  # fmt: skip
-        assert isinstance(optimizer.sync, localopt.BlockMomentum)
+        assert isinstance(optimizer.sync, localopt.DiLoCo)
         assert (optimizer._model, optimizer._policy, optimizer.auto) == (model, "average", False)
         assert optimizer._options == {"check_finite": False, "track_drift": True}

@@ -74,7 +74,8 @@ def told(model: nn.Module, optimizer: LocalOptimizer) -> str:
     grads = [p.grad for p in model.parameters()]
     weights = {name: t.tolist() for name, t in model.state_dict().items()}
     # Not `state_dict`, which is what is looked with.
-    figures = [optimizer._replica.state_dict(), optimizer.synced, optimizer._replica._identity]
+    replica = optimizer._replica
+    figures = [replica.state_dict(), optimizer.synced, replica.meeting.identity]
     return repr([weights, grads, figures, dict(optimizer.inner.state), optimizer.param_groups])
 
 

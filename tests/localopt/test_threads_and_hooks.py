@@ -147,7 +147,7 @@ def test_a_hook_that_raises() -> None:
             optimizer.step()
         handle.remove()
     train(model, optimizer, range(3))
-    assert optimizer.round == 1 and optimizer._replica.step == 3
+    assert optimizer.round == 1 and optimizer._replica.round.step == 3
 
 
 # Losses.
@@ -160,13 +160,13 @@ def test_mean_losses_do_not_drift(kind: str) -> None:
     values = np.array([0.1, 7.3], dtype=np.float32)
     losses = {"float": values.tolist(), "numpy": list(values), "tensor": list(torch.tensor(values))}
     optimizer = LocalSGD([nn.Parameter(torch.zeros(1))], period=Constant(number))
-    replica = optimizer._replica
-    replica.begin_round(number + 1)
-    record, count = optimizer.record_loss, replica.count_step
+    clock = optimizer._replica.round
+    clock.begin(number + 1)
+    record, count = optimizer.record_loss, clock.count_step
     for loss in losses[kind] * (number // 2):
         record(loss)
         count()
-    assert replica.loss == pytest.approx(float(values.astype(np.float64).mean()), rel=1e-12)
+    assert clock.loss == pytest.approx(float(values.astype(np.float64).mean()), rel=1e-12)
 
 
 # Threads.

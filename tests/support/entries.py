@@ -51,9 +51,10 @@ class Entries:
         for name in CALLS:
             setattr(rule, name, self._remembering(getattr(rule, name)))
         rule.land = self._remembering(rule.land, afterwards=True)
-        replica = optimizer._replica
-        for name in ("check_equal", "land"):
-            setattr(replica, name, self._remembering(getattr(replica, name)))
+        replica, copied = optimizer._replica, rule._copied
+        replica.check_equal = self._remembering(replica.check_equal)
+        if copied is not None:
+            copied.land = self._remembering(copied.land)
 
     def _remembering(self, call: Any, *, afterwards: bool = False) -> Any:
         @functools.wraps(call)

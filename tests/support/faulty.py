@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from localopt import Constant, LocalOptimizer, SyncError, collective
-from localopt.replica import Replica
+from localopt.transport import Copied
 from tests.support import oracle
 from tests.support.contract import Model, local_optimizer
 from tests.support.entries import Entries, held
@@ -83,7 +83,8 @@ class Broken:
     def __init__(self) -> None:
         self.what = ""
         for name in (
-            "sum_", "broadcast_", "exchange_shards", "gather_shards_", "start_sum_", "start_rows_"
+            "sum_", "broadcast_", "start_exchange_shards", "start_gather_shards_", "start_sum_",
+            "start_rows_",
         ):  # fmt: skip
             self._break(name)
         wait = collective.Pending.wait
@@ -94,31 +95,31 @@ class Broken:
             wait(pending)
 
         collective.Pending.wait = waiting
-        launch = Replica.launch
+        launch = Copied.launch
 
-        def launching(replica: Replica, *args: Any, **options: Any) -> None:
+        def launching(copied: Copied, *args: Any, **options: Any) -> None:
             if self.what == "headers":
-                with replica.told():
+                with copied._replica.meeting.explained():
                     closed()
-            launch(replica, *args, **options)
+            launch(copied, *args, **options)
 
-        Replica.launch = launching
+        Copied.launch = launching
 
     def _break(self, name: str) -> None:
         original = getattr(collective.Collective, name)
 
-        def call(this: collective.Collective, tensors: Any, *args: Any) -> Any:
+        def call(this: collective.Collective, tensors: Any, *args: Any, **options: Any) -> Any:
             what = "headers" if name == "start_rows_" else "payload"
-            late = name == "start_sum_"
+            late = name in ("start_gather_shards_", "start_sum_")
             if what == self.what == "headers":
                 return collective.Pending([closed], 0)  # nobody sends any: none is left over
             if self.what == what and this.world_size > 1 and not late:
                 for x in tensors if isinstance(tensors, list) else ():
                     x.view(-1)[::2] = 1e30  # it had begun
                 closed()
-            result = original(this, tensors, *args)
-            if late:
-                result.what = what  # it fails when it is waited for
+            result = original(this, tensors, *args, **options)
+            if late:  # it fails when it is waited for
+                result.what = what
             return result
 
         setattr(collective.Collective, name, call)

@@ -37,8 +37,8 @@ def step(self: engine.Engine, micro_batches: Any, **options: Any) -> engine.Meas
     if fault == "nan loss":
         measures.loss.fill_(math.nan)
     if fault == "another H":
-        self.optimizer._replica.remaining += 1
-        self.optimizer._replica.h += 1
+        self.optimizer._replica.round.remaining += 1
+        self.optimizer._replica.round.h += 1
     return measures
 
 

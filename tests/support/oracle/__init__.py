@@ -11,16 +11,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .block_momentum import Bmuf, DiLoCo, OuterAdam, SlowMo
+from .block_momentum import OuterAdam
+from .bmuf import Bmuf
 from .case import Case
 from .cocod import CoCoD
-from .elastic import Easgd
+from .diloco import DiLoCo
+from .easgd import Easgd
 from .inner import INNERS, Array, Sgd
-from .leader import Leader
+from .lsgd import Leader
 from .overlap import Overlap
 from .problems import Quadratics
 from .rule import Round, RuleOracle
 from .simulate import Trajectory, constant_h, qsr_h, simulate
+from .slowmo import SlowMo
 from .streaming import Streaming
 
 __all__ = [

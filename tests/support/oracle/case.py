@@ -67,6 +67,11 @@ class Case:
         """``out_of_step`` and ``bad``, or what they are by default."""
         return self.out_of_step or 9 + 3 * self.delay, self.bad or 4 + 2 * self.delay
 
+    @property
+    def behind(self) -> bool:
+        """Whether what it sends travels behind training: for a round, or a few steps."""
+        return bool(self.delay or self.settings_for(2).get("delay", 0))
+
     def settings_for(self, m: int) -> Settings:
         return self.settings(m) if callable(self.settings) else self.settings
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,6 +12,8 @@ from ..collective import Collective
 from ..errors import NonFiniteError, ranks_text
 from ..flat import Vector, pull_
 from ..header import Header, Kind
+from ..replica import Replica
+from ..transport import fetch_, report_spread
 from .rule import Rule
 
 
@@ -76,13 +77,15 @@ class LSGD(Rule):
         if self.group_size and self.c_global == self.p_global == 0:
             raise ValueError("LSGD: c_global and p_global are both 0: groups would never meet")
 
-    def attach(self, replica: Any) -> None:
-        self._all: Collective = replica.collective
-        self._group = self._all
-        if self.group_size is not None:
-            self._group, _ = self._all.split(self.group_size)
-            replica.meets = [self._group, self._all]
+    def levels(self, everyone: Collective) -> Sequence[Collective]:
+        if self.group_size is None:
+            return [everyone]
+        inside, _ = everyone.split(self.group_size)
+        return [inside, everyone]
+
+    def attach(self, replica: Replica) -> None:
         super().attach(replica)
+        self._group, *_ = self._levels = self.levels(replica.collective)
         # A leader is sent as it is, in the parameters' own type.
         self.leader = self.anchor("leader", wide=False)
         self.global_leader: Vector | None = None
@@ -91,7 +94,7 @@ class LSGD(Rule):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        x, h = self.replica.flat.params, self.replica.h
+        x, h = self.replica.flat.params, self.replica.round.h
         if self.global_leader is not None and self.global_every and self.p_global:
             pull_(x, self.global_leader.data, self.p_global / (self.global_every * h))
         if self.p:
@@ -99,15 +102,16 @@ class LSGD(Rule):
 
     @torch.no_grad()
     def end_round(self) -> None:
-        meets_all = bool(self.global_every) and (self.replica.round + 1) % self.global_every == 0
-        levels = [self._group, self._all] if meets_all else [self._group]
+        rounds = self.replica.round.number + 1
+        meets_all = bool(self.global_every) and rounds % self.global_every == 0
+        levels = self._levels if meets_all else self._levels[:1]
         seen = self.replica.meet(Kind.SYNC, levels)
         self._check_leaders(seen[-1])
-        self.replica.measure_spread(seen[-1], levels[-1])
+        report_spread(self.replica, seen[-1], levels[-1])
         self._follow(self.leader, self._group, leading(seen[0]), self.c)
         if meets_all and self.global_leader is not None:
             best = leading(seen[1])
-            self._follow(self.global_leader, self._all, best, self.c_global, pulled=True)
+            self._follow(self.global_leader, levels[1], best, self.c_global, pulled=True)
         self.replicas_agree = False
 
     def _check_leaders(self, headers: Mapping[int, Header]) -> None:
@@ -121,7 +125,7 @@ class LSGD(Rule):
     ) -> None:
         """``pulled``: to a leader already, which cannot be undone."""
         with self.replica.changing(parameters=pulled):
-            self.replica.fetch_(leader.data, level, rank)
+            fetch_(self.replica, leader.data, level, rank)
         pull_(self.replica.flat.params, leader.data, strength)
 
 

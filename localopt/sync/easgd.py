@@ -72,27 +72,25 @@ class EASGD(Rule):
         _check_strengths(self.a, self.b)
         super().attach(replica)
         self.z = self.anchor("z")
+        self.mean = self.mean_of_copies()
 
     @torch.no_grad()
     def after_step(self) -> None:
         if self.pull:
-            pull_(self.replica.flat.params, self.z.data, self.pull / self.replica.h)
+            pull_(self.replica.flat.params, self.z.data, self.pull / self.replica.round.h)
 
     @torch.no_grad()
     def end_round(self) -> None:
         self.land()
-        mean = None
-        if self.overlaps:
-            self.replica.launch()
-        else:
-            mean = self.replica.mean()
+        self.mean.launch()
+        mean = None if self.overlaps else self.mean.land()
         pull_(self.replica.flat.params, self.z.data, self.a)
         self._move_centre(mean)
         self.replicas_agree = False
 
     @torch.no_grad()
     def land(self) -> None:
-        self._move_centre(self.replica.land())
+        self._move_centre(self.mean.land())
 
     def _move_centre(self, mean: Sequence[Tensor] | None) -> None:
         if mean is not None:
@@ -102,18 +100,14 @@ class EASGD(Rule):
     @torch.no_grad()
     def enter_consensus(self) -> None:
         super().enter_consensus()
-        self._take_centre()
+        self.z.write_to(self.replica.flat.params)
 
     @torch.no_grad()
     def finish(self) -> None:
         self.land()
-        self.replica.mean_(Kind.FINISH, ends_round=self.replica.open)
-        self._take_centre()
+        self.in_place.mean_(Kind.FINISH, ends_round=self.replica.round.open)
+        self.z.write_to(self.replica.flat.params)
         self.replicas_agree = True
-
-    def _take_centre(self) -> None:
-        for x, z in zip(self.replica.flat.params, self.z.data, strict=True):
-            x.copy_(z)
 
 
 def _check_strengths(alpha: float, beta: float) -> None:

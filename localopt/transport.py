@@ -1,0 +1,437 @@
+"""What moves when replicas meet: the mean in place, or of copies, perhaps behind training."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .collective import Across, Collective, Pending
+from .compression import Codec, CompressedPending
+from .errors import ReplicaMismatchError, SyncError
+from .flat import Fragments, Memory, Vector, square_norm
+from .header import Header, Kind
+from .meeting import Exchange, waits_of
+from .replica import Replica
+from .traffic import Count
+
+
+class InPlace:
+    """x ← x̄ in the parameters' own memory, with all that is averaged beside them.
+
+    Args:
+        replica: whose.
+        sums: those that one after another make the sum over all replicas, such as inside groups
+            and across them; None: one over all.
+    """
+
+    def __init__(
+        self, replica: Replica, sums: Sequence[Collective | Across] | None = None
+    ) -> None:
+        self._replica = replica
+        self._sums = [replica.collective] if sums is None else sums
+
+    def mean_(
+        self,
+        kind: Kind = Kind.SYNC,
+        *,
+        ends_round: bool = True,
+        levels: int | None = None,
+        believed_equal: bool = False,
+    ) -> None:
+        """Meet, and replace what is averaged by its mean over the replicas. Collective.
+
+        Args:
+            kind: why.
+            ends_round: whether this ends a round; else it is counted apart.
+            levels: the mean over the replicas that the first so many sums cover; None for all.
+            believed_equal: whether to look if the replicas hold the same parameters, and warn if
+                not. If so parameters keep their bits.
+
+        Raises:
+            ReplicaMismatchError: if the ranks are not at the same call.
+            NonFiniteError: if a replica brought NaN or infinity.
+        """
+        replica = self._replica
+        count: Count = "round" if ends_round else "other"
+        sums, met = self._sums[:levels], replica.meeting.levels[:levels]
+        replica.gather_buffers(sums[-1].ranks)
+        *_, headers = replica.meet(kind, met, count=count, believed_equal=believed_equal)
+        equal = believed_equal and len({h.fingerprint for h in headers.values()}) == 1
+        if believed_equal and not equal:
+            warnings.warn(
+                f"rank {replica.collective.rank}: the replicas held different weights at step "
+                f"{replica.round.step}, where all should be equal, and are made equal: some rank "
+                "has changed its own since the last round, as by loading a checkpoint",
+                stacklevel=2,
+            )
+        if not equal or replica.buffers.travel:
+            # The mean of m equal numbers is not always that number, to the last bit.
+            saved = replica.snapshot() if equal else None
+            # Who asks for a consensus has a copy, and writes it back whatever happens.
+            consensus = kind is Kind.CONSENSUS
+            with replica.meeting.explained() if consensus else replica.changing():
+                self._sum(headers, sums, count)
+                if saved is not None:
+                    replica.restore(saved)
+
+    @contextmanager
+    def mean_change(
+        self, z: Vector, settings: object = (), check: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """In here the parameters hold the mean of z - x_i over the replicas. Collective.
+
+        That is averaged rather than x_i: what no replica has changed is then exactly 0, and an
+        adaptive outer optimizer leaves it alone.
+
+        Args:
+            z: the parameters at the round's start, equal on all replicas.
+            settings: what the rule goes by, to be the same on all ranks.
+            check: what may raise on all ranks alike, once these have met.
+        """
+        replica, x = self._replica, self._replica.flat.params
+        replica.gather_buffers()
+        norm = square_norm(_change(z, x)) if replica.meeting.track_drift else None
+        (headers,) = replica.meet(settings=settings, square_norm=norm)
+        check()
+        with replica.changing():
+            _change(z, x, out=x)
+            self._sum(headers, self._sums, "round")
+            yield
+
+    @torch.no_grad()
+    def _sum(
+        self, headers: Mapping[int, Header], sums: Sequence[Collective | Across], count: Count
+    ) -> None:
+        replica, meeting = self._replica, self._replica.meeting
+        started, sent = meeting.meter.now(), 0
+        wholes, averaged = zip(*((b.data, b.averaged) for b in replica.flat.buffers), strict=True)
+        with meeting.explained():
+            for level in sums:
+                sent += level.mean_(wholes, averaged)
+        meeting.meter.count("part" if count == "round" else count, sent, started)
+        replica.buffers.scatter(replica.flat.views)
+        if count == "round" and meeting.track_drift:
+            meeting.report_spread(headers, replica.flat.square_norm())
+
+
+class Compressed:
+    """x ← the mean of the replicas' changes, in fewer bytes (`localopt.compression`).
+
+    It is the mean of d_i = z - x_i + e_i, where e_i is what has been lost of replica i's: with z as
+    the start of each round, the sum of all means is that of all changes less mean_i(e_i).
+
+    Args:
+        replica: whose parameters.
+        compress: the codec, C.
+        lost: e, zeros at first.
+    """
+
+    def __init__(self, replica: Replica, compress: Codec, lost: Vector) -> None:
+        self._replica, self._codec, self._lost = replica, compress, lost
+
+    @contextmanager
+    def mean_change(
+        self, z: Vector, settings: object = (), check: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """As `InPlace.mean_change`. What is averaged beside (buffers) travels uncompressed."""
+        replica = self._replica
+        replica.gather_buffers()
+        (headers,) = replica.meet(settings=settings)
+        check()
+        report_spread(replica, headers, replica.collective)
+        with replica.changing():
+            self._replace(z)
+            yield
+
+    def _replace(self, z: Vector) -> None:
+        replica, collective = self._replica, self._replica.collective
+        flat, meeting = replica.flat, replica.meeting
+        started = meeting.meter.now()
+        for x, anchor, e in zip(flat.params, z.data, self._lost.data, strict=True):
+            e.add_(anchor.to(x.dtype)).sub_(x)
+        with meeting.explained():
+            pending = CompressedPending(self._lost.data, flat.params, collective, self._codec)
+            pending.wait()
+        for buffer in flat.buffers:
+            buffer.beside_averaged.div_(collective.world_size)
+        with meeting.explained():
+            sent = collective.sum_([b.beside for b in flat.buffers if len(b.beside)])
+        replica.buffers.scatter(flat.views)
+        meeting.meter.count("part", pending.bytes + sent, started)
+
+
+def _change(z: Vector, x: Sequence[Tensor], out: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Δ_i = z - x_i."""
+    outs = [None] * len(x) if out is None else out
+    return [
+        torch.sub(anchor.to(mine.dtype), mine, out=o)
+        for anchor, mine, o in zip(z.data, x, outs, strict=True)
+    ]
+
+
+@dataclass
+class _Flight:
+    """A mean that was launched.
+
+    Attributes:
+        exchange: the headers that go before it, where they have not been read yet.
+        headers: where they have.
+        pending, sent: the mean.
+        ended: when it was first seen to have ended.
+        failed: why it has not arrived.
+    """
+
+    exchange: Exchange | None
+    headers: dict[int, Header]
+    pending: Pending | CompressedPending
+    sent: Memory
+    fragment: int | None
+    ends_round: bool
+    launched: float
+    ended: float | None = None
+    failed: Exception | None = None
+
+
+class Copied:
+    """x̄ in memory of its own, of all parameters or of a fragment; `launch`, then `land`.
+
+    Args:
+        replica: whose.
+        behind: whether it travels behind training, in a group of its own, where nothing waits
+            behind it. Headers go where those of all other optimizers go, so that ranks which
+            bring different ones find out, and are read when the mean lands. Else they are read
+            before anything is sent.
+        fragments: into how many the parameters are cut.
+        start: z, equal on all replicas: then it is the mean of the changes z - x that is made.
+        compress, lost: the codec for these, and the vector that keeps what it loses: see
+            `localopt.compression`.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        *,
+        behind: bool,
+        fragments: int | None = None,
+        start: Vector | None = None,
+        compress: Codec | None = None,
+        lost: Vector | None = None,
+    ) -> None:
+        self._replica, self._behind, self._start = replica, behind, start
+        self._codec, self._lost = compress, lost
+        # A codec's mean divides itself, and loses less of whole numbers than of shares.
+        self._shares = 1 if compress else replica.collective.world_size
+        everyone = replica.collective
+        self._link = everyone.subgroup(range(everyone.world_size)) if behind else everyone
+        self.fragments = Fragments(replica.flat, fragments) if fragments else None
+        self._memory: Memory | None = None
+        self._flight: _Flight | None = None
+
+    @torch.no_grad()
+    def launch(
+        self, settings: object = (), *, fragment: int | None = None, ends_round: bool = True
+    ) -> None:
+        """Start the mean of the parameters as they are now. Collective.
+
+        What is sent is a copy. One mean at a time: `land` the last one before.
+
+        Args:
+            settings: what the rule goes by, to be the same on all ranks.
+            fragment: which one; None: all parameters.
+            ends_round: whether this ends a round; else it is a part of the synchronisation that
+                the round's end will complete.
+
+        Raises:
+            RuntimeError: if the parameters were moved out of their memory.
+            ReplicaMismatchError, NonFiniteError: as `land`, where headers are read before.
+        """
+        replica, meeting = self._replica, self._replica.meeting
+        replica.check_usable()
+        started = meeting.meter.now()
+        own = self._part(replica.flat.params, fragment)
+        sent = self._copy(own, fragment)
+        norm = None
+        if self._start is not None and meeting.track_drift:
+            norm = square_norm(sent.params) * self._shares**2
+        settings = settings, fragment
+        count: Count = "round" if ends_round else "part"
+        exchange, headers = None, {}
+        if self._behind:
+            exchange = meeting.begin(started, settings, own, norm)
+        else:
+            (headers,) = replica.meet(count=count, settings=settings, own=own, square_norm=norm)
+            count, started = "part", meeting.meter.now()
+        with meeting.explained():
+            pending = self._send(sent, fragment)
+        travels = pending.bytes + (exchange.pending.bytes if exchange else 0)
+        meeting.meter.count(count, travels, started)
+        self._flight = _Flight(
+            exchange, headers, pending, sent, fragment, ends_round, meeting.meter.resumed
+        )
+
+    def _copy(self, own: Sequence[Tensor], fragment: int | None) -> Memory:
+        """What is averaged, as shares of the mean, in the memory that means are made in: zeros
+        follow it there."""
+        if self.fragments is not None:
+            memory = self.fragments.memory
+        else:
+            memory = self._memory = self._memory or self._replica.flat.twin()
+        if self._start is None:
+            divide(own, self._shares, memory)
+            return memory
+        z = self._part(self._start.data, fragment)
+        for x, anchor, sent in zip(own, z, memory.params, strict=True):
+            torch.sub(anchor.to(x.dtype), x, out=sent[: len(x)])
+            sent[len(x) :].zero_()
+            sent.div_(self._shares)
+        return memory
+
+    def _send(self, sent: Memory, fragment: int | None) -> Pending | CompressedPending:
+        if self._codec is None or self._lost is None:
+            return self._link.start_sum_([b.data for b in sent.buffers])
+        changes = self._part(self._lost.data, fragment)
+        for e, d in zip(changes, sent.params, strict=True):
+            e.add_(d[: len(e)])
+        means = [d[: len(e)] for e, d in zip(changes, sent.params, strict=True)]
+        return CompressedPending(changes, means, self._link, self._codec, behind=self._behind)
+
+    def poll(self) -> None:
+        """Take note if what was launched has ended. No waiting."""
+        flight = self._flight
+        if flight is not None and flight.ended is None and flight.pending.done():
+            flight.ended = time.perf_counter()
+
+    @torch.no_grad()
+    def land(self) -> list[Tensor] | None:
+        """Wait for what `launch` has started; None if nothing is in flight. No new collective.
+
+        Returns:
+            x̄, one tensor (n,) per buffer, in memory that the next `launch` writes to.
+
+        Raises:
+            ReplicaMismatchError: if the ranks had not launched at the same step.
+            NonFiniteError: if a replica brought NaN or infinity.
+        """
+        self.poll()
+        flight = self._flight
+        if flight is None:
+            return None
+        if flight.failed is not None:
+            raise flight.failed
+        try:
+            return self._arrived(flight)
+        except Exception as error:
+            flight.failed = error
+            if not self._behind:  # nothing of it is used: it may be made again
+                self._flight = None
+                self.relayout()  # its memory may still be written to
+            raise
+
+    def _arrived(self, flight: _Flight) -> list[Tensor]:
+        meeting = self._replica.meeting
+        started, headers = meeting.meter.now(), flight.headers
+        if flight.exchange is not None:
+            headers = meeting.read(flight.exchange)
+            meeting.check(headers)
+        with meeting.explained():
+            flight.pending.wait()
+        ended = started if flight.ended is None else flight.ended
+        travelled = self._behind and flight.pending.bytes  # else: one replica, or waited for
+        meeting.meter.count_landing(started, ended - flight.launched if travelled else 0.0)
+        if flight.exchange is not None:
+            meeting.check_finite_landed(headers, lambda: self._non_finite(flight))
+            meeting.meter.count_waits(waits_of(headers))
+        norm = flight.sent.square_norm() if meeting.track_drift else None
+        meeting.report_landed(headers, norm, ends_round=flight.ends_round)
+        self._flight = None
+        return flight.sent.params if flight.fragment is None else self._cut.mean(flight.fragment)
+
+    def _non_finite(self, flight: _Flight) -> list[str]:
+        whole = flight.fragment is None
+        return flight.sent.non_finite() if whole else self._cut.non_finite(flight.fragment)
+
+    def drop(self) -> None:
+        """Wait for what is in flight, if anything, and forget it.
+
+        What was launched where another rank made another call is never answered, or by what that
+        rank launches next: then no call goes on with this optimizer.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None or flight.exchange is None:
+            return
+        meeting = self._replica.meeting
+        try:
+            meeting.read(flight.exchange)
+            with meeting.explained():
+                flight.pending.wait()
+        except SyncError as error:
+            self.relayout()  # its memory may still be written to
+            if isinstance(error, ReplicaMismatchError) and not meeting.answered(flight.exchange):
+                self._replica.give_up(
+                    f"{error}. What was launched then is in flight still: go on from the newest "
+                    "checkpoint, in new processes"
+                )
+
+    def of(self, tensors: Sequence[Tensor], fragment: int) -> list[Tensor]:
+        """A fragment of each buffer's (n,)."""
+        return self._cut.of(tensors, fragment)
+
+    def pieces(self, tensors: Sequence[Tensor], fragment: int) -> dict[str, Tensor]:
+        """A fragment of each buffer's (n,), by the parameters it is made of."""
+        return self._cut.pieces(tensors, fragment)
+
+    def landed_pieces(self, fragment: int) -> dict[str, Tensor]:
+        """The mean of a fragment that has landed, by parameter."""
+        return self._cut.pieces_of_mean(fragment)
+
+    def relayout(self) -> None:
+        """Take new memory, for the layout that the replica has now."""
+        self._memory = None
+        if self.fragments is not None:
+            self.fragments = Fragments(self._replica.flat, self.fragments.number, self.fragments)
+
+    @property
+    def _cut(self) -> Fragments:
+        assert self.fragments is not None, "made without fragments"
+        return self.fragments
+
+    def _part(self, tensors: Sequence[Tensor], fragment: int | None) -> Sequence[Tensor]:
+        return tensors if fragment is None else self._cut.of(tensors, fragment)
+
+
+def divide(own: Sequence[Tensor], by: int, memory: Memory) -> None:
+    """Write ``own`` divided by a number into memory that may be longer."""
+    for x, sent in zip(own, memory.params, strict=True):
+        torch.div(x, by, out=sent[: len(x)])
+        sent[len(x) :].zero_()
+
+
+@torch.no_grad()
+def report_spread(replica: Replica, headers: Mapping[int, Header], level: Collective) -> None:
+    """The spread where no mean is at hand. Collective, but only where drift is tracked."""
+    meeting = replica.meeting
+    if meeting.track_drift:
+        started, mean = meeting.meter.now(), replica.flat.twin()
+        divide(replica.flat.params, len(level.ranks), mean)
+        with meeting.explained():
+            sent = level.sum_(mean.params)
+        meeting.meter.count("other", sent, started)
+        meeting.report_spread(headers, mean.square_norm())
+
+
+@torch.no_grad()
+def fetch_(replica: Replica, into: Sequence[Tensor], level: Collective, rank: int) -> None:
+    """Replace ``into``, one tensor (n,) per buffer, by ``rank``'s parameters. Collective."""
+    started = replica.meeting.meter.now()
+    if replica.collective.rank == rank:
+        for mine, x in zip(into, replica.flat.params, strict=True):
+            mine.copy_(x)
+    with replica.meeting.explained():
+        sent = level.broadcast_(into, list(level.ranks).index(rank))
+    replica.meeting.meter.count("part", sent, started)
