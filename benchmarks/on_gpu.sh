@@ -57,10 +57,12 @@ if [[ $what == tests ]]; then
     test_ from-scratch 25 -n 6 tests/gpu/test_from_scratch.py
     test_ fast-tests 45 -n auto -m "not slow" tests
 else
-    part throughput 120 "$python" -m benchmarks.throughput
-    part randaugment 20 "$python" -m benchmarks.randaugment
-    part deterministic 80 "$python" -m benchmarks.throughput --deterministic
-    part loader 75 "$python" -m benchmarks.data_path --short
+    part throughput 100 "$python" -m benchmarks.throughput
+    part fed 60 "$python" -m benchmarks.fed --models resnet50
+    part profile 35 "$python" -m benchmarks.throughput --profile
+    part randaugment 15 "$python" -m benchmarks.randaugment
+    part deterministic 50 "$python" -m benchmarks.throughput --deterministic
+    part loader 40 "$python" -m benchmarks.data_path --short
 fi
 printf '%s\n' "" "${summary[@]}" | tee "$folder/$what.txt"
 exit $failed
