@@ -49,15 +49,20 @@ test_() { # NAME SECONDS ARGUMENTS …
 } | tee "$folder/machine.txt"
 
 if [[ $what == tests ]]; then
-    test_ rules 90 -n auto tests/gpu/test_rules.py
-    test_ program 90 -n 4 tests/gpu/test_program.py
-    test_ host-synchronisations 40 tests/gpu/test_host_synchronisations.py
-    test_ fast-tests 80 -n auto -m "not slow" tests
+    test_ rules 60 -n auto tests/gpu/test_rules.py
+    test_ program 60 -n 4 tests/gpu/test_program.py
+    test_ watch 40 -n 6 tests/gpu/test_watch.py
+    test_ compression-scaling 45 -n auto tests/gpu/test_compression.py tests/gpu/test_grad_scaler.py
+    test_ host-synchronisations 25 -n 2 tests/gpu/test_host_synchronisations.py
+    test_ from-scratch 25 -n 6 tests/gpu/test_from_scratch.py
+    test_ fast-tests 45 -n auto -m "not slow" tests
 else
-    part throughput 120 "$python" -m benchmarks.throughput
-    part randaugment 20 "$python" -m benchmarks.randaugment
-    part deterministic 80 "$python" -m benchmarks.throughput --deterministic
-    part loader 75 "$python" -m benchmarks.data_path --short
+    part throughput 100 "$python" -m benchmarks.throughput
+    part fed 60 "$python" -m benchmarks.fed --models resnet50
+    part profile 35 "$python" -m benchmarks.throughput --profile
+    part randaugment 15 "$python" -m benchmarks.randaugment
+    part deterministic 50 "$python" -m benchmarks.throughput --deterministic
+    part loader 40 "$python" -m benchmarks.data_path --short
 fi
 printf '%s\n' "" "${summary[@]}" | tee "$folder/$what.txt"
 exit $failed

@@ -3,6 +3,7 @@
     python -m benchmarks.throughput                  # ViT-B/16, ResNet-50; bf16; compiled and not
     python -m benchmarks.throughput --short          # small models, to see that it runs
     python -m benchmarks.throughput --peak-tflops 71 --deterministic
+    python -m benchmarks.throughput --profile        # where the device's time of a step goes
 
 One replica through the training program's own engine, on images that are already on the device: the
 compute path alone, without loading and without communication. A step is forward, loss, backward,
@@ -10,6 +11,10 @@ and AdamW or SGD with the recipe's settings; losses are read once, at the end of
 loop has the same model, autocast and a fused optimizer, and takes turns with ours. FLOPs are those
 of the model's matrix products and convolutions, counted by torch, backward included. Memory is the
 peak beyond what was there before.
+
+With --profile, of ours alone, compiled where main.py does so by itself: "host" is what it takes to
+launch one step on an idle device, "device" what its kernels take, "step" a step among others. Where
+host comes close to step the device waits for it.
 """
 
 from __future__ import annotations
@@ -23,11 +28,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from localopt.collective import synchronised_clock
-from training import engine, models, optimizers
+from training import checks, engine, models, optimizers
 from training.config import Config, load
 from training.lr import Schedule
 
@@ -47,6 +54,7 @@ class Row:
 
 
 # Dense bf16, from NVIDIA's data sheets.
+TOP = 15  # operations of a profile
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 RECIPES = {
     "simplevit-b16": ("recipe/vit-b-localadamw-cosine.yml", 128),
@@ -100,12 +108,18 @@ def new_model(config: Config, place: engine.Place) -> nn.Module:
     ).to(place.device)
 
 
+def batch_of(config: Config, place: engine.Place) -> engine.Batch:
+    """Noise, of the kind that the loader delivers."""
+    batch = config.physical_batch_size
+    images = torch.randn(batch, 3, 224, 224, device=place.device)
+    labels = torch.randint(1000, (batch,), device=place.device)
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
 def compared(config: Config, place: engine.Place, repeats: int, steps: int) -> list[Row]:
     """Ours and the bare loop: images per second of each repeat, of ``steps`` steps each."""
     batch = config.physical_batch_size
-    images = torch.randn(batch, 3, 224, 224, device=place.device)
-    images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
-    labels = torch.randint(1000, (batch,), device=place.device)
+    images, labels = batch_of(config, place)
     ways, rows = [], []
     for make in (ours, bare):
         held = _reset_peak(place)
@@ -116,11 +130,74 @@ def compared(config: Config, place: engine.Place, repeats: int, steps: int) -> l
         rows.append(Row(peak=_peak(place) - held))
     for _ in range(repeats):
         for step, row in zip(ways, rows, strict=True):
-            before = _now(place)
+            before = now(place)
             losses = [step(images, labels) for _ in range(steps)]
             assert torch.stack(losses).isfinite().all()
-            row.figures.append(batch * steps / (_now(place) - before))
+            row.figures.append(batch * steps / (now(place) - before))
     return rows
+
+
+def profiled(config: Config, place: engine.Place, steps: int) -> tuple[str, list[str]]:
+    """A row of host and device, and rows of the operations that take most."""
+    step, batch = ours(config, place), batch_of(config, place)
+    for _ in range(3):
+        step(*batch)
+    launched = []
+    for _ in range(steps):
+        started = now(place)
+        step(*batch)
+        launched.append(time.perf_counter() - started)
+    started = now(place)
+    for _ in range(steps):
+        step(*batch)
+    whole = (now(place) - started) / steps
+    on_gpu = place.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as recorded:
+        for _ in range(steps):
+            step(*batch)
+        now(place)
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    found = [
+        (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
+        for e in recorded.key_averages()
+        if e.device_type == kind and not e.is_user_annotation  # ranges of code contain operations
+    ]
+    found.sort(reverse=True)
+    device = sum(microseconds for microseconds, _, _ in found)
+    rows = [
+        f"| {config.model} | `{_short(key)}` | {count / steps:g} | "
+        f"{microseconds / steps / 1e3:.3f} | {microseconds / device:.1%} |"
+        for microseconds, count, key in found[:TOP]
+    ]
+    host, each = statistics.median(launched), device / steps / 1e6
+    return (
+        f"| {config.model} | {config.physical_batch_size} | {'yes' if config.compile else 'no'} | "
+        f"{host * 1e3:.2f} | {each * 1e3:.2f} | {whole * 1e3:.2f} | {host / whole:.0%} |"
+    ), rows
+
+
+def _short(key: str) -> str:
+    """The name of a kernel, without what a table cannot hold."""
+    return key.removeprefix("void ").replace("|", "/").replace("`", "'")[:70]
+
+
+def print_profiles(chosen: dict[str, tuple[str, int]], deterministic: bool, steps: int) -> None:
+    """Two tables."""
+    operations = []
+    for number, name in enumerate(chosen):
+        config = configured(name, *chosen[name], deterministic)
+        place = engine.start(config)
+        if not number:
+            _print_head(place, deterministic, steps)
+            print("| model | batch | compiled | host, ms | device, ms | step, ms | host / step |")
+            print("|---|---|---|---|---|---|---|", flush=True)
+        row, rows = profiled(checks.with_compile(config, place.device), place, steps)
+        print(row, flush=True)
+        operations += rows
+    print("\n| model | operation | calls per step | ms per step | share of device |")
+    print("|---|---|---|---|---|")
+    print("\n".join(operations))
 
 
 def flops_per_image(name: str) -> float:
@@ -132,7 +209,8 @@ def flops_per_image(name: str) -> float:
     return float(counter.get_total_flops())
 
 
-def _now(place: engine.Place) -> float:
+def now(place: engine.Place) -> float:
+    """Seconds, read when the device has done all that it was given."""
     if place.device.type == "cuda":
         torch.cuda.synchronize(place.device)
     return synchronised_clock(place.device)
@@ -155,21 +233,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--short", action="store_true", help="small models, few steps")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the last column")
     parser.add_argument("--deterministic", action="store_true", help="with the program's setting")
+    parser.add_argument("--profile", action="store_true", help="what takes the time, instead")
     options = parser.parse_args(arguments)
     chosen = SMALL if options.short else RECIPES
     repeats, steps = (3, 2) if options.short else (7, 20)
+    if options.profile:
+        print_profiles(chosen, options.deterministic, steps)
+        return
     place = None
     for (name, (recipe, batch)), compiled in itertools.product(chosen.items(), (False, True)):
-        config = load(["--recipe-pth", recipe, "--model", name])
-        config = replace(
-            config, physical_batch_size=batch, total_batch_size=batch, compile=compiled,
-            deterministic=options.deterministic,
-        )  # fmt: skip
+        config = configured(name, recipe, batch, options.deterministic, compile=compiled)
         if place is None:
             place = engine.start(config)
             _print_head(place, options.deterministic, repeats)
-        device = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
-        known = next((value for key, value in PEAK_TFLOPS.items() if key in device), None)
+            print("| model | batch | compiled | ours, images/s | bare, images/s | ours / bare | "
+                  "MFU | ours, GiB | bare, GiB |")  # fmt: skip
+            print("|---|---|---|---|---|---|---|---|---|", flush=True)
+        known = next((value for key, value in PEAK_TFLOPS.items() if key in device_name()), None)
         peak, flops = options.peak_tflops or known, flops_per_image(name)
         mine, other = compared(config, place, repeats, steps)
         share = f"{mine.median * flops / peak / 1e12:.1%}" if peak else "peak unknown"
@@ -182,14 +262,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
 
+def configured(
+    name: str, recipe: str, batch: int, deterministic: bool, compile: bool | None = None
+) -> Config:
+    return replace(
+        load(["--recipe-pth", recipe, "--model", name]), physical_batch_size=batch,
+        total_batch_size=batch, compile=compile, deterministic=deterministic,
+    )  # fmt: skip
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def _print_head(place: engine.Place, deterministic: bool, repeats: int) -> None:
-    device = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
     told = ", deterministic" if deterministic else ""
-    print(f"{device}, torch {torch.__version__}, bf16{told}, medians of {repeats}, "
+    print(f"{device_name()}, torch {torch.__version__}, bf16{told}, medians of {repeats}, "
           f"{time.strftime('%Y-%m-%d')}\n")  # fmt: skip
-    print("| model | batch | compiled | ours, images/s | bare, images/s | ours / bare | MFU | "
-          "ours, GiB | bare, GiB |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
 
 
 if __name__ == "__main__":

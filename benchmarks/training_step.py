@@ -27,14 +27,15 @@ from training import engine, models
 from training.config import load
 from training.run import Run, assembled
 
-RECIPE = "recipe/digits-vit-localadamw-qsr.yml"
+SHORT_RECIPE = "recipe/digits-vit-localadamw-qsr.yml"
+Step = Callable[[engine.Batch], None]
 MODELS = {"simplevit-s16": (224, 4, 3), "simplevit-digits": (32, 16, 40)}  # pixels, batch, steps
 
 
 def measured(name: str, resolution: int, batch: int, steps: int, repeats: int) -> str:
     with tempfile.TemporaryDirectory() as logs:
         config = load([
-            "--recipe-pth", RECIPE, "--model", name, "--resolution", str(resolution),
+            "--recipe-pth", SHORT_RECIPE, "--model", name, "--resolution", str(resolution),
             "--physical-batch-size", str(batch), "--total-batch-size", str(batch),
             "--period", "constant", "--h-base", "1000000", "--log-pth", logs,
         ])  # fmt: skip
@@ -50,14 +51,11 @@ def measured(name: str, resolution: int, batch: int, steps: int, repeats: int) -
             f"| {again:.3f} | {ratio:.3f} | {more[0]:.2f} | {more[1]:.2f} |")  # fmt: skip
 
 
-def compared(run: Run, steps: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, in each way."""
-    batches = list(itertools.islice(run.train_data.epoch(0), steps))
-    smoothing = run.config.label_smoothing
-    options = {name: run.optimizer.inner.defaults[name] for name in ("lr", "betas", "weight_decay")}
+def ours(run: Run) -> Step:
+    """What `training.loop` does for a step of one micro-batch, between two evaluations."""
     made = itertools.count()
 
-    def ours(batch: engine.Batch) -> None:
+    def make(batch: engine.Batch) -> None:
         step = next(made)
         run.watch.begin(step)
         lr = run.schedule(step)
@@ -66,7 +64,16 @@ def compared(run: Run, steps: int, repeats: int) -> dict[str, list[float]]:
         measures = run.engine.step(run.prepared([batch], step), norms=run.recorder.due(step + 1))
         run.recorder.step(step + 1, lr, measures)
 
-    def bare() -> Callable[[engine.Batch], None]:
+    return make
+
+
+def compared(run: Run, steps: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step, in each way."""
+    batches = list(itertools.islice(run.train_data.epoch(0), steps))
+    smoothing = run.config.label_smoothing
+    options = {name: run.optimizer.inner.defaults[name] for name in ("lr", "betas", "weight_decay")}
+
+    def bare() -> Step:
         model = new_model(run)
         optimizer = torch.optim.AdamW(model.parameters(), **options)
 
@@ -80,7 +87,7 @@ def compared(run: Run, steps: int, repeats: int) -> dict[str, list[float]]:
 
         return step
 
-    def with_deepspeed() -> Callable[[engine.Batch], None]:
+    def with_deepspeed() -> Step:
         model = new_model(run)
         optimizer = torch.optim.AdamW(model.parameters(), **options)
         settings = engine.deepspeed_settings(run.config, 1)
@@ -97,7 +104,7 @@ def compared(run: Run, steps: int, repeats: int) -> dict[str, list[float]]:
 
         return step
 
-    ways = {"bare": bare(), "ours": ours, "again": bare(), "DeepSpeed": with_deepspeed()}
+    ways = {"bare": bare(), "ours": ours(run), "again": bare(), "DeepSpeed": with_deepspeed()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for i, batch in enumerate(batches):

@@ -2,7 +2,8 @@
 
 Import FFCV from here only. Its import compiles a typed dictionary of two entries, which takes two
 seconds in every process and ends some of them with a traceback from numba; a plain dictionary
-serves. It also sets torch to one thread.
+serves. It also sets torch to one thread. Where there is a GPU its epochs make streams there, even
+in a run on the CPU, and fail where the GPU is hidden later; here pixels stay in memory of the host.
 
 Code that calls FFCV's C functions through ctypes holds their addresses, so numba compiles it anew
 in every process. `imdecode` and `resize` are the same functions under names that are looked up when
@@ -23,7 +24,7 @@ with patch.object(numba.typed, "Dict", dict):
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
     from ffcv.libffcv import ctypes_imdecode, ctypes_resize
-    from ffcv.loader import Loader, OrderOption
+    from ffcv.loader import Loader, OrderOption, epoch_iterator
     from ffcv.loader import loader as loader_module
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_allocator import MemoryAllocator
@@ -33,6 +34,7 @@ with patch.object(numba.typed, "Dict", dict):
     from ffcv.pipeline.state import State
     from ffcv.reader import Reader
     from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
+epoch_iterator.IS_CUDA = False
 torch.set_num_threads(_threads)
 
 

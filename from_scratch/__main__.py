@@ -106,9 +106,9 @@ def _run(flags: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     except ValueError as error:
         flags.error(str(error))
     report = Report(task, list(peers), options.strategy not in BUILT_IN)
+    where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "CPUs"
     print(
-        f"{options.strategy}: {len(peers)} process{'es' * (len(peers) > 1)} on "
-        f"{f'{gpus} GPUs' if gpus else 'CPUs'}, "
+        f"{options.strategy}: {len(peers)} process{'es' * (len(peers) > 1)} on {where}, "
         f"{len(task.images)} images, {task.batch_size} per update, {task.updates} updates per epoch"
     )
     report.heading()

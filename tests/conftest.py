@@ -1,4 +1,4 @@
-"""What all tests share: markers of subjects, quiet for tests that need it, things made once.
+"""What all tests share: markers, quiet for tests that need it, no GPU for most, things made once.
 
 Several processes may run the tests (pytest-xdist); what is here holds between them.
 """
@@ -6,11 +6,14 @@ Several processes may run the tests (pytest-xdist); what is here holds between t
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -69,13 +72,39 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if (quiet := item.config.stash.get(QUIET, None)) is None:
         quiet = item.config.stash[QUIET] = Quiet(_common(item.config))
     quiet.enter(_alone(item))
+    wants_gpu = item.get_closest_marker("gpu") is not None
     try:
-        return (yield)
+        with nullcontext() if wants_gpu or not _has_gpu() else without_gpu():
+            return (yield)
     finally:
         quiet.leave(stay=_alone(item) and _alone(nextitem))
 
 
 QUIET = pytest.StashKey[Quiet]()
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@contextmanager
+def without_gpu() -> Iterator[None]:
+    """What runs in here, and the programs that it starts, find no GPU.
+
+    For itself the environment would not do: CUDA reads that once in a process.
+    """
+    import torch
+
+    if "tests.support.ranks" in sys.modules:
+        forkserver.ensure_running()  # sees the machine's GPUs: it forks ranks that use them as well
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 def _common(config: pytest.Config) -> Path:

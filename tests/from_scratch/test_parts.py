@@ -50,7 +50,6 @@ def test_bad_flags_take_one_line(
     assert re.fullmatch(r"from_scratch: .*\n", told.err) and complaint in told.err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
 def test_data_parallel_says_that_it_needs_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--strategy", "data_parallel", "--n-gpus", "2"])

@@ -6,17 +6,13 @@ import itertools
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.gpu.links import on_a_gpu
 from tests.support.program import start
 from tests.support.ranks import ONE_CARD
 from tests.training.runs import SHORT, weights
 
 pytestmark = pytest.mark.slow
-on_a_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
 ALONE = {"LOCAL_RANK": "0", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 PLACES = {
     "cpu": [{}, {}],

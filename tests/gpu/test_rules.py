@@ -14,17 +14,13 @@ import torch
 from torch import nn
 
 from localopt import LocalOptimizer
+from tests.gpu.links import GPU_LINKS
 from tests.localopt.test_contract import check, follow
 from tests.support import oracle
 from tests.support.contract import LRS, PERIODS, SIZE, every_rule, new_rule
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.slow
-on_a_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-GPU_LINKS = [pytest.param(link, marks=on_a_gpu) for link in ("gloo", "nccl")]
 # Rules that send behind training, and one that does not.
 STREAMED = ("Average", "CoCoDSGD", "EASGD", "OverlapLocalSGD")
 NUMBERS = 2**23

@@ -37,7 +37,7 @@ class Model(nn.Module):
 def local_step(optimizer: LocalOptimizer, model: Model, rank: int, step: int) -> None:
     generator = torch.Generator().manual_seed(1000 * rank + step)
     for p in model.weights:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
     optimizer.step()
 
 
@@ -85,10 +85,12 @@ def test_what_is_not_told_is_told_later(compress: Any) -> None:
         assert len(errors) == 10 and max(errors) < 1e-12
 
 
-def of_all_types(rank: int, m: int, compress: Any) -> list[list[torch.Tensor]]:
+def of_all_types(
+    rank: int, m: int, compress: Any, device: str = "cpu"
+) -> list[list[torch.Tensor]]:
     seen = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        model = Model(dtype)
+        model = Model(dtype).to(device)
         optimizer = LocalSGD(
             model.parameters(), lr=0.01, period=Constant(2), sync=DiLoCo(0.5, 0.5, compress),
             model=model, buffers="average",
@@ -96,14 +98,17 @@ def of_all_types(rank: int, m: int, compress: Any) -> list[list[torch.Tensor]]:
         for step in range(8):
             model.mean.fill_(rank + step)
             local_step(optimizer, model, rank, step)
-        seen.append([*(p.detach().clone() for p in model.parameters()), model.mean.clone()])
+        seen.append([t.detach().cpu().clone() for t in (*model.parameters(), model.mean)])
     return seen
 
 
 @pytest.mark.parametrize("compress", CODECS, ids=repr)
 def test_every_type_of_parameter(compress: Any) -> None:
     """Equal on all ranks; buffers are averaged, and travel as they are."""
-    ranks = run(of_all_types, 3, compress)
+    alike_and_finite(run(of_all_types, 3, compress))
+
+
+def alike_and_finite(ranks: list[list[list[torch.Tensor]]]) -> None:
     for ours, theirs in zip(ranks[0], ranks[2], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         assert all(torch.isfinite(t).all() for t in ours)

@@ -63,7 +63,7 @@ def steps(
     for step in range(STEPS):
         wrapped.optimizer.zero_grad()
         x = torch.randn(6, 4, generator=torch.Generator().manual_seed(100 * seed + step))
-        loss = model(x).square().mean()
+        loss = model(x.to(model[0].weight.device)).square().mean()
         wrapped.scaler.scale(loss).backward()
         if step in bad:
             model[3].weight.grad[0, step % 4] = float("inf") if step % 2 else float("nan")
@@ -74,8 +74,8 @@ def steps(
     return skipped
 
 
-def accelerated(optimizer: torch.optim.Optimizer) -> Accelerated:
-    return Accelerated(optimizer, torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3))
+def accelerated(optimizer: torch.optim.Optimizer, device: str = "cpu") -> Accelerated:
+    return Accelerated(optimizer, torch.amp.GradScaler(device, init_scale=256.0, growth_interval=3))
 
 
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduler first"])
@@ -84,16 +84,22 @@ def accelerated(optimizer: torch.optim.Optimizer) -> Accelerated:
 def test_skipped_steps_are_seen(inner: str, unscale: bool, scheduled: bool) -> None:
     """The weights, the scales and what is said to be skipped are those of the bare optimizer; and
     rounds go on, so that replicas stay in step."""
+    as_the_bare_optimizer(inner, unscale, scheduled)
+
+
+def as_the_bare_optimizer(inner: str, unscale: bool, scheduled: bool, device: str = "cpu") -> None:
     said, states = [], []
     for local in (True, False):
-        model = network()
+        model = network().to(device)
         optimizer = INNERS[inner](model.parameters())
         if local:
             optimizer = LocalOptimizer(optimizer, Constant(4))
         if scheduled:  # it puts a function in place of `step` as well
             lr_scheduler.StepLR(optimizer, 100)
-        wrapped = accelerated(optimizer)
+        wrapped = accelerated(optimizer, device)
         said.append(steps(model, wrapped, BAD, unscale=unscale))
+        if device != "cpu":  # its gradient is rounding, for a BatchNorm follows: Adam blows that up
+            model[0].bias.data.zero_()
         states.append((vector(model), wrapped.scaler.get_scale()))
         if local:
             assert optimizer.round == STEPS // 4 and optimizer.synced, "a skipped step counts"
@@ -103,7 +109,8 @@ def test_skipped_steps_are_seen(inner: str, unscale: bool, scheduled: bool) -> N
     if "fused" not in inner:  # of which Accelerate never sees it
         assert said[0] == said[1], "as of the bare optimizer"
     assert states[0][1] == states[1][1]
-    assert torch.allclose(states[0][0], states[1][0], rtol=1e-6)
+    tolerance = {"rtol": 1e-6} if device == "cpu" else {"rtol": 1e-4, "atol": 1e-6}
+    assert torch.allclose(states[0][0], states[1][0], **tolerance)
 
 
 def test_without_infinities_nothing_is_skipped() -> None:
@@ -135,26 +142,30 @@ RULES: dict[str, Callable[[], Rule]] = {
 }
 
 
-def on_a_rank(rank: int, m: int) -> list[tuple[list[bool], Tensor]]:
+def on_a_rank(rank: int, m: int, device: str = "cpu") -> list[tuple[list[bool], Tensor]]:
     """Infinities at other steps on each rank; at step 0 on rank 1, whose state comes later."""
     found = []
     for rule in RULES.values():
-        model = network()
+        model = network().to(device)
         inner = INNERS["adamw"](model.parameters())
         optimizer = LocalOptimizer(inner, Constant(3), rule(), model=model)
         bad = ((2, 5, 6), (0, 1, 2, 8))[rank]
-        said = steps(model, accelerated(optimizer), bad, unscale=False, seed=rank)
+        said = steps(model, accelerated(optimizer, device), bad, unscale=False, seed=rank)
         assert [step for step, skipped in enumerate(said) if skipped] == list(bad)
         assert optimizer.round == STEPS // 3 and optimizer.synced
         optimizer.finish()
         assert equal_on_all_ranks(vector(model)) and bool(vector(model).isfinite().all())
-        found.append((said, vector(model)))
+        found.append((said, vector(model).cpu()))
     return found
 
 
 @pytest.mark.slow
 def test_replicas_that_skip_apart_stay_in_step() -> None:
-    zero, one = run(on_a_rank, 2)
+    assert_alike(run(on_a_rank, 2))
+
+
+def assert_alike(ranks: list[list[tuple[list[bool], Tensor]]]) -> None:
+    zero, one = ranks
     assert len(zero) == len(RULES)
     for (_, a), (_, b) in zip(zero, one, strict=True):
         assert torch.equal(a, b)

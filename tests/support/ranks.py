@@ -78,6 +78,18 @@ def outcomes_of(
                 process.join()
 
 
+def backend(on: str, rank: int) -> str:
+    """Let a rank's process see what `run` says; returns the name of how it talks."""
+    import torch
+
+    if on == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return "gloo"
+    os.environ.update(ONE_CARD, NCCL_HOSTID=f"rank{rank}")
+    torch.cuda.set_device(0)
+    return on
+
+
 def _receive(pipe: Connection, deadline: float) -> tuple[bool, Any]:
     if not wait([pipe], max(0.0, deadline - time.monotonic())):
         return False, "not finished in time: deadlock?"
@@ -101,13 +113,8 @@ def _rank(
 
     torch.set_num_threads(1)
     try:
-        if on == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        else:
-            os.environ.update(ONE_CARD, NCCL_HOSTID=f"rank{rank}")
-            torch.cuda.set_device(0)
         dist.init_process_group(
-            "nccl" if on == "nccl" else "gloo",
+            backend(on, rank),
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from localopt import Watch
-from localopt.collective import Collective
+from localopt.collective import Collective, synchronised_clock
 from tests.support.patience import PATIENCE
 from tests.support.ports import free_port
-from tests.support.ranks import context
+from tests.support.ranks import backend, context
 
 # Seconds. A busy machine may keep a process waiting for more than one.
 BEAT, DEAD_AFTER, STALL_AFTER = 0.1, 4.0, 4.0
@@ -32,10 +32,10 @@ ADVICE = "resume from the newest checkpoint"
 class Rank:
     """What a test's function finds on its rank."""
 
-    def __init__(self, rank: int, folder: Path) -> None:
+    def __init__(self, rank: int, folder: Path, device: str) -> None:
         self.rank, self._log = rank, folder / f"{rank}.log"
         self.collective = Collective()
-        self._tensor = torch.ones(3)
+        self._tensor = torch.ones(3, device=device)
 
     def say(self, text: str) -> None:
         with self._log.open("a") as log:
@@ -46,6 +46,7 @@ class Rank:
 
     def meet(self) -> None:
         self.collective.sum_([self._tensor])
+        synchronised_clock(self._tensor.device)
 
     def train(self, watch: Watch, seconds: float = 0.01, steps: int = 10**9, h: int = H) -> int:
         """Make steps and meet the other ranks after every ``h``; return how many were made."""
@@ -61,17 +62,23 @@ class Rank:
 
 
 def _main(
-    function: Callable[..., None], rank: int, m: int, port: int, folder: Path, args: tuple[Any, ...]
+    function: Callable[..., None],
+    rank: int,
+    m: int,
+    port: int,
+    folder: Path,
+    args: tuple[Any, ...],
+    on: str,
 ) -> None:
     """A rank's process: as a program would, it says its failures itself, in one line."""
     os.dup2(os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=m,
+        backend(on, rank), init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=m,
         timeout=timedelta(seconds=PATIENCE),
     )  # fmt: skip
     dist.barrier()
-    code, mine = 0, Rank(rank, folder)
+    code, mine = 0, Rank(rank, folder, "cpu" if on == "cpu" else "cuda")
     try:
         function(mine, *args)
     except BaseException as error:
@@ -120,12 +127,13 @@ class Run:
 
 
 @contextmanager
-def ranks(function: Callable[..., None], m: int, *args: Any) -> Iterator[Run]:
+def ranks(function: Callable[..., None], m: int, *args: Any, on: str = "cpu") -> Iterator[Run]:
+    """``on``: as for `tests.support.ranks.run`."""
     port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [
-            context.Process(target=_main, args=(function, rank, m, port, folder, args))
+            context.Process(target=_main, args=(function, rank, m, port, folder, args, on))
             for rank in range(m)
         ]
         for process in processes:

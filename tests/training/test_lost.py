@@ -52,10 +52,14 @@ def lines(errors: str, part: str) -> list[str]:
 def test_a_rank_that_dies_or_is_stopped_ends_the_run(
     flags, tmp_path: Path, rank: int, number: str, told: str
 ) -> None:
-    running = Running(*flags)
+    assert_named(Running(*flags), tmp_path, rank, getattr(signal, number), told)
+
+
+def assert_named(running: Running, tmp_path: Path, rank: int, number: int, told: str) -> None:
+    """Send a signal to one of two ranks: the other says so, and ends."""
     at_work(running, tmp_path)
     time.sleep(random.Random(f"{rank}{number}").uniform(0, 0.3))
-    running.signal(getattr(signal, number), [rank])
+    running.signal(number, [rank])
     other = running.processes[1 - rank]
     other.join(PATIENCE)
     code = other.exitcode
