@@ -30,6 +30,7 @@ from .sync import (
     HierarchicalAverage,
     OverlapLocalSGD,
     Rule,
+    Sending,
     SlowMo,
     Streaming,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "PowerRule",
     "ReplicaMismatchError",
     "Rule",
+    "Sending",
     "SlowMo",
     "Streaming",
     "SyncError",

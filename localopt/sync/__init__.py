@@ -9,7 +9,7 @@ from .elastic import EASGD
 from .hierarchical import HierarchicalAverage
 from .leader import LSGD
 from .overlap import OverlapLocalSGD
-from .rule import Rule
+from .rule import Rule, Sending
 from .streaming import Streaming
 
 # By the name that a recipe gives.
@@ -38,6 +38,7 @@ __all__ = [
     "HierarchicalAverage",
     "OverlapLocalSGD",
     "Rule",
+    "Sending",
     "SlowMo",
     "Streaming",
 ]

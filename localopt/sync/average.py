@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..compression import ChangeMean, Codec, codec
 from ..flat import Entry
 from ..replica import Replica
-from .rule import Rule
+from .rule import Rule, Sending, sends_compressed
 
 
 @dataclass(eq=False)
@@ -68,6 +68,12 @@ class Average(Rule):
 
     def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
         return [Entry.like(f"{name}/{f}", p) for f in self.state_fields for name, p in params]
+
+    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+        chosen = codec(self.compress)
+        if chosen is None:
+            return super().sends(parameters, beside, itemsize)
+        return sends_compressed(chosen, parameters, beside, itemsize)
 
     @torch.no_grad()
     def end_round(self) -> None:

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 
 from ..compression import ChangeMean, Codec, codec
 from ..flat import square_norm
-from .rule import Rule, check_outer_lr, check_outer_momentum
+from .rule import Rule, Sending, check_outer_lr, check_outer_momentum, sends_compressed
 
 
 @dataclass(eq=False, repr=False)
@@ -93,6 +93,11 @@ class BlockMomentum(Rule):
             f"BlockMomentum({self._described}, normalize_by_lr={self.normalize_by_lr}, "
             f"heuristic_momentum={self.heuristic_momentum}, compress={self.compress!r})"
         )
+
+    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+        if self._codec is None:
+            return super().sends(parameters, beside, itemsize)
+        return sends_compressed(self._codec, parameters, beside, itemsize)
 
     def attach(self, replica: Any) -> None:
         super().attach(replica)

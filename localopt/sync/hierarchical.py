@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..collective import Across
-from .rule import Rule
+from .rule import Rule, Sending
 
 
 @dataclass(eq=False)
@@ -41,6 +41,13 @@ class HierarchicalAverage(Rule):
                 raise ValueError(
                     f"HierarchicalAverage: {name} is {value!r}: it must be an integer of at least 1"
                 )
+
+    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+        payload = (parameters + beside) * itemsize
+        return [
+            Sending("all_reduce", payload, self.group_size),
+            Sending("all_reduce", payload, self.group_size, across=True, every=self.global_every),
+        ]
 
     def attach(self, replica: Any) -> None:
         everyone = replica.collective

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,7 +14,45 @@ from ..flat import Entry, Vector
 from ..header import Kind
 
 if TYPE_CHECKING:
+    from ..compression import Codec
     from ..replica import Replica
+
+Collectives = Literal["all_reduce", "broadcast", "shards"]
+
+
+@dataclass(frozen=True)
+class Sending:
+    """One collective at the ends of rounds, as a plan needs to know it.
+
+    Args:
+        how: "all_reduce"; "broadcast" from one rank; or "shards", of which each rank gets one from
+            all others, and sends it to them again.
+        bytes: payload, which is as large on every rank.
+        group_size: consecutive ranks in a group, where groups do so at once; None: all ranks.
+        across: between the groups instead of inside: an all-reduce of each member's own shard, and
+            a broadcast of the shards inside.
+        every: rounds from one to the next.
+
+    Raises:
+        ValueError: if a setting is out of range, or ``across`` has no groups.
+    """
+
+    how: Collectives
+    bytes: int
+    group_size: int | None = None
+    across: bool = False
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.how not in get_args(Collectives):
+            known = ", ".join(get_args(Collectives))
+            raise ValueError(f"Sending: how is {self.how!r}: it must be one of {known}")
+        for name, least in (("bytes", 0), ("group_size", 1), ("every", 1)):
+            value = getattr(self, name)
+            if not (value is None and name == "group_size") and value < least:
+                raise ValueError(f"Sending: {name} is {value}: it must be at least {least}")
+        if self.across and self.group_size is None:
+            raise ValueError("Sending: across is about groups: it needs group_size")
 
 
 class Rule(ABC):
@@ -77,6 +116,16 @@ class Rule(ABC):
     def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
         """What the rule wants averaged in the parameters' collective; entries of the layout."""
         return []
+
+    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+        """What the ends of rounds send; asked before the rule is attached.
+
+        Args:
+            parameters: how many numbers the parameters are.
+            beside: how many are averaged beside them: `beside` and buffers.
+            itemsize: bytes of a number.
+        """
+        return [Sending("all_reduce", (parameters + beside) * itemsize)]
 
     def begin(self) -> None:
         """The first round begins.
@@ -156,6 +205,15 @@ class Rule(ABC):
         self.replicas_agree = state["replicas_agree"]
         for name, vector in {**self._anchors, **self._momenta}.items():
             vector.load_state_dict(state["vectors"][name])
+
+
+def sends_compressed(codec: Codec, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+    """What a rule sends whose parameters travel as ``codec`` writes them, in whole blocks."""
+    blocks = -(-parameters // codec.block)
+    return [
+        Sending("shards", codec.size(blocks * codec.block)),
+        Sending("all_reduce", beside * itemsize),
+    ]
 
 
 def check_outer_momentum(eta: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..flat import pull_
-from .rule import Rule, check_outer_lr, check_outer_momentum
+from .rule import Rule, Sending, check_outer_lr, check_outer_momentum
 
 
 @dataclass(eq=False)
@@ -65,6 +65,9 @@ class Streaming(Rule):
     @property
     def overlaps(self) -> bool:  # type: ignore[override]
         return self.overlap
+
+    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+        return [Sending("all_reduce", parameters * itemsize)]  # in all: K fragments
 
     def attach(self, replica: Any) -> None:
         super().attach(replica)
