@@ -20,7 +20,7 @@ from itertools import chain
 from torch import nn
 
 from localopt import Period, Rule, Sending
-from localopt.buffers import Buffers
+from localopt.buffers import BufferPolicy, Buffers
 
 from . import optimizers
 from .config import Config, ConfigError
@@ -145,27 +145,31 @@ def scenario(
         everyone = _all_reduce([range(len(nodes))], PARAMETER * trained, nodes)
         return Scenario(every_step, 1, {1: everyone}, hides=False)
     period, rule = optimizers.period(config, schedule), optimizers.rule(config)
-    messages = _messages(config, rule, model, nodes)
+    try:
+        messages = messages_of(rule, model, config.buffers, nodes)
+    except ValueError as error:
+        raise ConfigError(f"sync {config.sync}: {error}") from None
     return Scenario(rounds_of(period, schedule), period.base_h, messages, rule.overlaps)
 
 
-def _messages(
-    config: Config, rule: Rule, model: nn.Module, nodes: Sequence[int]
+def messages_of(
+    rule: Rule, model: nn.Module, buffers: BufferPolicy, nodes: Sequence[int]
 ) -> dict[int, Message]:
-    """By n, what every n-th round's end sends: what the rule says of itself."""
+    """By n, what every n-th round's end sends: what the rule says of itself.
+
+    Raises:
+        ValueError: if the rule does not take this number of replicas.
+    """
     named = list(model.named_parameters())
     beside = [
         *rule.beside(named),
-        *Buffers(model, config.buffers, [p for _, p in named]).entries(),
+        *Buffers(model, buffers, [p for _, p in named]).entries(),
     ]
     numbers = sum(p.numel() for _, p in named), sum(entry.numel for entry in beside)
     messages: dict[int, Message] = {}
-    try:
-        for sending in rule.sends(*numbers, PARAMETER):
-            sent = messages.get(sending.every, Message())
-            messages[sending.every] = sent + _message(sending, nodes)
-    except ValueError as error:
-        raise ConfigError(f"sync {config.sync}: {error}") from None
+    for sending in rule.sends(*numbers, PARAMETER):
+        sent = messages.get(sending.every, Message())
+        messages[sending.every] = sent + _message(sending, nodes)
     return messages
 
 

@@ -56,7 +56,7 @@ class Sending:
 
 
 class Rule(ABC):
-    """Base of the rules. A subclass is one file in this folder.
+    """Base of the rules. A subclass is one file, in this folder or of your own.
 
     A rule sees its replica's flat memory and its collectives, and nothing of periods. It is
     attached once, when all replicas hold the same parameters. What it keeps for each element of
