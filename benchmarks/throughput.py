@@ -33,7 +33,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from localopt.collective import synchronised_clock
+from localopt.traffic import synchronised_clock
 from training import checks, engine, models, optimizers
 from training.config import Config, load
 from training.lr import Schedule

@@ -32,7 +32,7 @@ from .sync import (
     SlowMo,
     Streaming,
 )
-from .traffic import Traffic
+from .traffic import Sending, Traffic
 from .watch import Watch
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "PowerRule",
     "ReplicaMismatchError",
     "Rule",
+    "Sending",
     "SlowMo",
     "Streaming",
     "SyncError",

@@ -9,7 +9,8 @@ what every period needs: a warm-up, a cap, and a clamp so that the run ends sync
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 
@@ -48,6 +49,13 @@ class Period:
     def base_h(self) -> int:
         """Local steps per round where nothing makes the round longer."""
         raise NotImplementedError
+
+    def __str__(self) -> str:
+        """A few words for a table: its name and its own settings."""
+        common = {f.name for f in fields(Period)}
+        own = [f for f in fields(self) if f.init and f.name not in common]
+        settings = ", ".join(f"{f.name} = {getattr(self, f.name)}" for f in own)
+        return f"{type(self).__name__} {settings}".rstrip()
 
     def rounds(self, step: int, lr: float) -> int | None:
         """H after the warm-up, neither capped nor clamped; None for a round without end."""
@@ -89,6 +97,9 @@ class Constant(Period):
     def base_h(self) -> int:
         return self.h
 
+    def __str__(self) -> str:
+        return f"constant H = {self.h}"
+
     def rounds(self, step: int, lr: float) -> int:
         return self.h
 
@@ -129,6 +140,9 @@ class PowerRule(Period):
     def base_h(self) -> int:
         return self.base
 
+    def __str__(self) -> str:
+        return f"power {self.power:g} α = {self.alpha:g}"
+
     def rounds(self, step: int, lr: float) -> int | None:
         if math.isnan(lr):
             raise ValueError(f"{type(self).__name__}: the learning rate at step {step} is NaN")
@@ -154,6 +168,9 @@ class QSR(PowerRule):
     """
 
     power: float = field(init=False, default=2.0)
+
+    def __str__(self) -> str:
+        return f"QSR α = {self.alpha:g}"
 
 
 @dataclass(frozen=True)
@@ -202,6 +219,9 @@ class PostLocal(Period):
     def base_h(self) -> int:
         return 1
 
+    def __str__(self) -> str:
+        return f"post-local H = {self.h}"
+
     def rounds(self, step: int, lr: float) -> int:
         return 1 if step < self.switch_step else self.h
 
@@ -233,8 +253,21 @@ class SWAP(Period):
     def base_h(self) -> int:
         return 1
 
+    def __str__(self) -> str:
+        return "SWAP"
+
     def rounds(self, step: int, lr: float) -> int | None:
         return 1 if step < self.switch_step else None
+
+
+# By the name that a recipe gives.
+PERIODS: dict[str, Callable[..., Period]] = {
+    "qsr": QSR,
+    "power": PowerRule,
+    "constant": Constant,
+    "post-local": PostLocal,
+    "swap": SWAP,
+}
 
 
 def _check_count(name: str, value: object, *, least: int) -> None:

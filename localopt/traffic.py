@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -38,6 +38,44 @@ class Traffic:
     wait: list[float] = field(default_factory=list)
     other_bytes: int = 0
     other_seconds: float = 0.0
+
+
+Collectives = Literal["all_reduce", "broadcast", "shards"]
+
+
+@dataclass(frozen=True)
+class Sending:
+    """One collective at the ends of rounds, as a plan needs to know it.
+
+    Args:
+        how: "all_reduce"; "broadcast" from one rank; or "shards", of which each rank gets one from
+            all others, and sends it to them again.
+        bytes: payload, which is as large on every rank.
+        group_size: consecutive ranks in a group, where groups do so at once; None: all ranks.
+        across: between the groups instead of inside: an all-reduce of each member's own shard, and
+            a broadcast of the shards inside.
+        every: rounds from one to the next.
+
+    Raises:
+        ValueError: if a setting is out of range, or ``across`` has no groups.
+    """
+
+    how: Collectives
+    bytes: int
+    group_size: int | None = None
+    across: bool = False
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.how not in get_args(Collectives):
+            known = ", ".join(get_args(Collectives))
+            raise ValueError(f"Sending: how is {self.how!r}: it must be one of {known}")
+        for name, least in (("bytes", 0), ("group_size", 1), ("every", 1)):
+            value = getattr(self, name)
+            if not (value is None and name == "group_size") and value < least:
+                raise ValueError(f"Sending: {name} is {value}: it must be at least {least}")
+        if self.across and self.group_size is None:
+            raise ValueError("Sending: across is about groups: it needs group_size")
 
 
 class Meter:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import math
 import os
 import reprlib
 import socket
 import typing
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -92,13 +94,14 @@ class Config:
     warmup_epochs: float = _setting(0.0, "schedule", "linear warm-up, epochs")
     warmup_steps: int = _setting(-1, "schedule", "linear warm-up, steps; overrides warmup_epochs")
 
-    period: Literal["qsr", "power", "constant", "post-local", "swap"] = _setting("qsr", "synchronisation", "when replicas synchronise")
-    alpha: float = _setting(0.0, "synchronisation", "qsr, power: growth coefficient")
+    period: str = _setting("qsr", "synchronisation", "when replicas synchronise: a period's name, or the import path of one of your own")
+    alpha: float = _setting(0.0, "synchronisation", "qsr, power: growth coefficient, in units of the learning rate")
     power: float = _setting(2.0, "synchronisation", "power: exponent")
     h_base: int = _setting(4, "synchronisation", "least local steps per round; constant, post-local: H itself")
     h_max: int = _setting(-1, "synchronisation", "most local steps per round; -1: no cap")
     switch_step: int = _setting(-1, "synchronisation", "post-local, swap: step at which rounds lengthen")
-    sync: Literal["average", "hierarchical", "bmuf", "slowmo", "diloco", "easgd", "overlap", "cocod", "lsgd", "streaming"] = _setting("average", "synchronisation", "how replicas synchronise")
+    period_settings: dict[str, Any] = _setting({}, "synchronisation", "the period's further settings, such as warmup_h; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
+    sync: str = _setting("average", "synchronisation", "how replicas synchronise: a rule's name, or the import path of one of your own")
     sync_settings: dict[str, Any] = _setting({}, "synchronisation", "the rule's own settings, as README lists them; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
     buffers: Literal["keep", "average", "broadcast"] = _setting("keep", "synchronisation", "what a synchronisation does to the model's buffers")
     track_replicas: bool = _setting(False, "synchronisation", "record at each synchronisation how far replicas have parted, and the loss and waiting time of each")
@@ -145,19 +148,10 @@ class Config:
             if value != -1 and value < least:
                 raise ConfigError(f"{name} is {value}: at least {least}, or -1 to derive it")
         self._check_ranges()
-        if self.period in ("qsr", "power") and self.local and self.alpha <= 0:
-            raise ConfigError(
-                f"alpha is {self.alpha}: period {self.period} needs a positive one, such as "
-                f"2 to 3 times max_lr ({self.max_lr})"
-            )
-        if self.period in ("post-local", "swap") and self.local and self.switch_step < 0:
-            raise ConfigError(f"switch_step is {self.switch_step}: period {self.period} needs one")
         if self.scheduler == "step" and not self.decay_points:
             raise ConfigError("decay_points is empty: scheduler step needs epochs to decay at")
         if list(self.decay_points) != sorted(self.decay_points):
             raise ConfigError(f"decay_points is {list(self.decay_points)}: it must increase")
-        if self.period == "power" and self.local and self.power <= 0:
-            raise ConfigError(f"power is {self.power}: period power needs a positive one")
         if self.decay_points and not 0 <= self.decay_points[0] <= self.decay_points[-1] <= 1e6:
             raise ConfigError(
                 f"decay_points is {list(self.decay_points)}: they must lie between 0 and 1e6"
@@ -178,13 +172,51 @@ class Config:
             raise ConfigError("nesterov is true: it needs a positive momentum, not 0")
 
     def _check_synchronisation(self) -> None:
-        """What only local optimizers do."""
+        """Names that are there, and what the period asks for; what only local optimizers do."""
+        from . import named  # it imports torch, for which a wrong flag should not wait
+
+        for setting in named.KINDS:
+            with self._complaining(setting):
+                named.check(setting, getattr(self, setting))
+        if self.local:
+            self.maker("sync")
+            self._check_asked_for(named.parameters(self.maker("period")))
         for name in () if self.local else ("buffers", "track_replicas"):
             if getattr(self, name) != DEFAULTS[name]:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}: optimizer {self.optimizer} averages "
                     "gradients, and has no such setting"
                 )
+
+    def _check_asked_for(self, parameters: Mapping[str, inspect.Parameter]) -> None:
+        """Refuse what the period could not do with."""
+        for name, (least, needed) in _ASKED_FOR.items():
+            value = getattr(self, name)
+            if name not in parameters or self.leaves_to_period(name, parameters[name]):
+                continue
+            if value <= least:
+                needed = needed.format(max_lr=self.max_lr)
+                raise ConfigError(f"{name} is {value}: period {self.period} needs {needed}")
+
+    def leaves_to_period(self, name: str, parameter: inspect.Parameter) -> bool:
+        """Whether a setting is not given, and the period has a value of its own for it."""
+        least, _ = _ASKED_FOR.get(name, (None, ""))
+        return getattr(self, name) == least and parameter.default is not parameter.empty
+
+    @contextmanager
+    def _complaining(self, setting: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            value = shortened(getattr(self, setting))
+            raise ConfigError(f"{setting} is {value}: {error}") from None
+
+    def maker(self, setting: Literal["period", "sync"]) -> Callable[..., Any]:
+        """The class that a setting names, or the function that makes one. May import it."""
+        from . import named
+
+        with self._complaining(setting):
+            return named.maker(setting, getattr(self, setting))
 
     def _check_resuming(self) -> None:
         if self.resume == "auto" and not self.save_opt:
@@ -249,6 +281,17 @@ _RANGE = {
     "crop_padding": (0, 65_535), "label_skew": (0, 1e6), "dead_after": (1, 86_400),
     "stall_after": (1, 86_400),
 }  # fmt: skip
+# What a period may take that is a setting of the program, by the name that the period has for it.
+PERIOD_TAKES = {
+    "alpha": "alpha", "h": "h_base", "base": "h_base", "power": "power",
+    "switch_step": "switch_step",
+}  # fmt: skip
+# Where it takes one: what is too little, and what it needs.
+_ASKED_FOR = {
+    "alpha": (0, "a positive one, such as 2 to 3 times max_lr ({max_lr})"),
+    "power": (0, "a positive one"),
+    "switch_step": (-1, "one"),
+}
 _PATHS = ("data_pth", "log_pth", "resume_pth", "optimizer_resume_pth", "deepspeed_config")
 HOST_KEYS = ("data_pth", "log_pth", "wandb_project", "wandb_entity", "nw")
 # What may differ between ranks without making them train differently.
@@ -408,7 +451,7 @@ def converted(value: Any, kind: Any) -> Any:
     if origin is Literal:
         if value not in arguments:
             raise ValueError(
-                f"it must be one of {', '.join(arguments)}{_nearest_choice(value, arguments)}"
+                f"it must be one of {', '.join(map(str, arguments))}{did_you_mean(value, arguments)}"
             )
         return value
     if origin is tuple:
@@ -453,8 +496,9 @@ def _number(text: str, kind: type) -> Any:
         raise ValueError(f"it must be {_KINDS[kind]}") from None
 
 
-def _nearest_choice(value: Any, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(value), choices, n=1)
+def did_you_mean(value: Any, choices: Sequence[Any]) -> str:
+    """The choice that may have been meant, for the end of a message; "" if none is near."""
+    close = difflib.get_close_matches(str(value), list(map(str, choices)), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -484,8 +528,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
     def format_help(self) -> str:
-        from .plan import help_text  # it imports this module
+        from . import named  # both import this module
+        from .plan import help_text
 
+        for action in self._actions:
+            if action.dest in named.KINDS and action.help is not argparse.SUPPRESS:
+                _, builtin = named.KINDS[action.dest]
+                action.metavar = "{" + ",".join([*builtin, "module:Class"]) + "}"
         return f"{super().format_help()}\n{help_text()}"
 
 

@@ -15,19 +15,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain
 
 from torch import nn
 
-from localopt import (
-    LSGD,
-    HierarchicalAverage,
-    Period,
-    Rule,
-    Streaming,
-)
-from localopt.buffers import Buffers
-from localopt.compression import codec
+from localopt import Period, Rule, Sending
+from localopt.buffers import BufferPolicy, Buffers
 
 from . import optimizers
 from .config import Config, ConfigError
@@ -40,10 +33,16 @@ Groups = Sequence[Sequence[int]]  # ranks
 
 
 def rounds_of(period: Period, schedule: Schedule) -> list[Round]:
-    """All rounds of a run."""
+    """All rounds of a run.
+
+    Raises:
+        ConfigError: if the period gives no number of steps.
+    """
     rounds, step = [], 0
     while step < schedule.total_steps:
         h = period(step, schedule(step))
+        if not isinstance(h, int) or h < 1:
+            raise ConfigError(f"period {period}: H is {h!r} at step {step}: at least 1 step")
         rounds.append((step, h))
         step += h
     return rounds
@@ -72,17 +71,24 @@ class Scenario:
     Attributes:
         rounds: all of them.
         base: H where nothing makes a round longer.
-        each: what every round's end sends.
-        further: what every ``every``-th sends besides.
+        messages: by n, what every n-th round's end sends.
         hides: whether it travels behind the next round.
     """
 
     rounds: list[Round]
     base: int
-    each: Message
-    further: Message
-    every: int
+    messages: dict[int, Message]
     hides: bool
+
+    @property
+    def each(self) -> Message:
+        """What every round's end sends."""
+        return self.messages.get(1, Message())
+
+    @property
+    def seldom(self) -> dict[int, Message]:
+        """By n, what every n-th sends besides, where that is anything."""
+        return {n: m for n, m in sorted(self.messages.items()) if n > 1 and m != Message()}
 
     @property
     def longest(self) -> int:
@@ -97,7 +103,7 @@ class Scenario:
     @property
     def sent(self) -> float:
         """Bytes from each replica over the run."""
-        return self._total(self.each.sent, self.further.sent)
+        return sum(len(self.rounds) // n * m.sent for n, m in self.messages.items())
 
     def exposed(self, bandwidth: float, step_seconds: float | None) -> float:
         """Seconds in which training stands still over the run.
@@ -107,15 +113,16 @@ class Scenario:
             step_seconds: computing time of a step, behind which communication may hide; None:
                 unknown, and nothing is taken as hidden.
         """
+        seconds = {n: m.link / bandwidth for n, m in self.messages.items()}
         if not self.hides or step_seconds is None:
-            return self._total(self.each.link, self.further.link) / bandwidth
+            return sum(len(self.rounds) // n * s for n, s in seconds.items())
         # What a round's end launches runs behind the next round; behind the last there is none.
-        seconds = self.each.link / bandwidth
-        covers = chain((h * step_seconds for _, h in self.rounds[1:]), repeat(0.0))
-        return sum(max(0.0, seconds - cover) for _, cover in zip(self.rounds, covers, strict=False))
-
-    def _total(self, each: float, further: float) -> float:
-        return len(self.rounds) * each + len(self.rounds) // self.every * further
+        covers = chain((h * step_seconds for _, h in self.rounds[1:]), [0.0])
+        launched = (
+            sum(s for n, s in seconds.items() if number % n == 0)
+            for number in range(1, len(self.rounds) + 1)
+        )
+        return sum(max(0.0, s - cover) for s, cover in zip(launched, covers, strict=False))
 
 
 def scenario(
@@ -136,62 +143,48 @@ def scenario(
         every_step = [(step, 1) for step in range(schedule.total_steps)]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         everyone = _all_reduce([range(len(nodes))], PARAMETER * trained, nodes)
-        return Scenario(every_step, 1, everyone, Message(), 1, False)
+        return Scenario(every_step, 1, {1: everyone}, hides=False)
     period, rule = optimizers.period(config, schedule), optimizers.rule(config)
-    each, further, every = _messages(config, rule, model, nodes)
-    rounds = rounds_of(period, schedule)
-    return Scenario(rounds, period.base_h, each, further, every, rule.overlaps)
+    try:
+        messages = messages_of(rule, model, config.buffers, nodes)
+    except ValueError as error:
+        raise ConfigError(f"sync {config.sync}: {error}") from None
+    return Scenario(rounds_of(period, schedule), period.base_h, messages, rule.overlaps)
 
 
-def _messages(
-    config: Config, rule: Rule, model: nn.Module, nodes: Sequence[int]
-) -> tuple[Message, Message, int]:
-    """What every round's end sends, and what every so many send besides."""
-    m = len(nodes)
-    everyone = [range(m)]
-    parameters = PARAMETER * sum(p.numel() for p in model.parameters())
-    if isinstance(rule, LSGD):
-        everywhere = _broadcast(everyone, parameters, nodes)
-        if rule.group_size is None or rule.global_every is None:
-            return everywhere, Message(), 1
-        inside, _ = _split(config, m, rule.group_size)
-        return _broadcast(inside, parameters, nodes), everywhere, rule.global_every
-    if isinstance(rule, Streaming):
-        return _all_reduce(everyone, parameters, nodes), Message(), 1
-    payload = _payload(config, rule, model)
-    if isinstance(rule, HierarchicalAverage):
-        inside, peers = _split(config, m, rule.group_size)
-        across = Message()
-        if len(inside) > 1:
-            shard = payload / rule.group_size
-            across = _all_reduce(peers, shard, nodes) + _broadcast(inside, payload, nodes)
-        return _all_reduce(inside, payload, nodes), across, rule.global_every
-    compress = codec(getattr(rule, "compress", None))
-    if compress is not None:
-        blocks = -(-parameters // PARAMETER // compress.block)
-        beside = _all_reduce(everyone, payload - parameters, nodes)
-        return _in_shards(compress.size(blocks * compress.block), nodes) + beside, Message(), 1
-    return _all_reduce(everyone, payload, nodes), Message(), 1
+def messages_of(
+    rule: Rule, model: nn.Module, buffers: BufferPolicy, nodes: Sequence[int]
+) -> dict[int, Message]:
+    """By n, what every n-th round's end sends: what the rule says of itself.
 
-
-def _payload(config: Config, rule: Rule, model: nn.Module) -> int:
-    """Bytes of what the rule averages: parameters, and what travels beside them."""
+    Raises:
+        ValueError: if the rule does not take this number of replicas.
+    """
     named = list(model.named_parameters())
     beside = [
         *rule.beside(named),
-        *Buffers(model, config.buffers, [p for _, p in named]).entries(),
+        *Buffers(model, buffers, [p for _, p in named]).entries(),
     ]
-    return PARAMETER * (sum(p.numel() for _, p in named) + sum(entry.numel for entry in beside))
+    numbers = sum(p.numel() for _, p in named), sum(entry.numel for entry in beside)
+    messages: dict[int, Message] = {}
+    for sending in rule.sends(*numbers, PARAMETER):
+        sent = messages.get(sending.every, Message())
+        messages[sending.every] = sent + _message(sending, nodes)
+    return messages
 
 
-def _split(config: Config, m: int, size: int) -> tuple[Groups, Groups]:
-    """Groups of ``size`` consecutive ranks, and those of ranks with the same place in them."""
-    if m % size:
-        raise ConfigError(
-            f"sync {config.sync}: group_size is {size}: it does not divide the {m} replicas"
-        )
-    inside = [range(first, first + size) for first in range(0, m, size)]
-    return inside, [range(place, m, size) for place in range(size)]
+def _message(sending: Sending, nodes: Sequence[int]) -> Message:
+    m, size = len(nodes), sending.group_size
+    if size is not None and m % size:
+        raise ValueError(f"group_size is {size}: it does not divide the {m} replicas")
+    groups = [range(m)] if size is None else [range(at, at + size) for at in range(0, m, size)]
+    if sending.across:
+        if len(groups) == 1:
+            return Message()
+        peers = [range(place, m, size) for place in range(size)]
+        shards = _all_reduce(peers, sending.bytes / size, nodes)
+        return shards + _broadcast(groups, sending.bytes, nodes)
+    return _REACH[sending.how](groups, sending.bytes, nodes)
 
 
 def _all_reduce(groups: Groups, payload: float, nodes: Sequence[int]) -> Message:
@@ -201,12 +194,16 @@ def _all_reduce(groups: Groups, payload: float, nodes: Sequence[int]) -> Message
     return Message(sent, sent * _crossing(groups, nodes))
 
 
-def _in_shards(payload: float, nodes: Sequence[int]) -> Message:
+def _in_shards(groups: Groups, payload: float, nodes: Sequence[int]) -> Message:
     """A shard to each rank from all others, and from it to them: no ring, which would add up what
     it passes on, but as much from each rank. Replicas of a node all send to those of others."""
-    m = len(nodes)
-    pairs = max(n * (m - n) for n in Counter(nodes).values())
-    return Message(2 * (m - 1) / m * payload, 2 * pairs / m * payload)
+    m = len(groups[0])
+    pairs: Counter[int] = Counter()
+    for group in groups:
+        inside = Counter(nodes[rank] for rank in group)
+        pairs += Counter({node: n * (m - n) for node, n in inside.items()})
+    busiest = max(pairs.values(), default=0)
+    return Message(2 * (m - 1) / m * payload, 2 * busiest / m * payload)
 
 
 def _broadcast(groups: Groups, payload: float, nodes: Sequence[int]) -> Message:
@@ -219,3 +216,6 @@ def _crossing(groups: Groups, nodes: Sequence[int]) -> int:
     """Groups that share the busiest node's link: they have ranks in it and elsewhere."""
     places = [{nodes[rank] for rank in group} for group in groups]
     return max(Counter(n for place in places if len(place) > 1 for n in place).values(), default=0)
+
+
+_REACH = {"all_reduce": _all_reduce, "broadcast": _broadcast, "shards": _in_shards}

@@ -156,7 +156,9 @@ def _place(folder: Path, content: Mapping[str, Any], settings: Mapping[str, Any]
     """Of the optimizer's state what the consensus depends on."""
     state = content.get("optimizer", {})
     local = settings["optimizer"].startswith("local")
-    if local and not state and getattr(RULES[settings["sync"]], "centre", None):
+    # Checkpoints of old do not tell; those were of built-in rules.
+    centre = content.get("centre", getattr(RULES.get(str(settings["sync"])), "centre", None))
+    if local and not state and centre:
         raise ExportError(
             f"{folder}: saved without optimizer state (save_opt: false), in which sync "
             f"{settings['sync']} has its weights"

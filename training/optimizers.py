@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from inspect import Parameter
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from localopt import (
-    QSR,
-    SWAP,
-    Constant,
-    LayoutMismatchError,
-    LocalOptimizer,
-    Period,
-    PostLocal,
-    PowerRule,
-    Rule,
-    Traffic,
-)
+from localopt import LayoutMismatchError, LocalOptimizer, Period, Rule, Traffic
 from localopt.buffers import Buffers
 from localopt.collective import Collective
-from localopt.sync import RULES
 
-from .config import Config, ConfigError, converted
+from . import named
+from .config import PERIOD_TAKES, Config, ConfigError, converted, shortened
 from .lr import Schedule
 
 
@@ -66,24 +56,62 @@ def _inner(config: Config, model: nn.Module) -> Optimizer:
     )  # fmt: skip
 
 
-def period(config: Config, schedule: Schedule) -> Period:
-    """The period of ``config``, clamped to the end of the run."""
+def check(config: Config) -> None:
+    """Refuse settings that the rule or the period does not take, before anything waits for them.
+
+    Raises:
+        ConfigError: as `rule` and `period`.
+    """
+    if config.local:
+        rule(config)
+        period(config)
+
+
+def takes(config: Config, setting: str) -> bool:
+    """Whether the period asks for that setting of the program."""
+    return setting in _ours(named.parameters(config.maker("period"))).values()
+
+
+def period(config: Config, schedule: Schedule | None = None) -> Period:
+    """The period of ``config``, clamped to the end of the run.
+
+    Args:
+        config: the settings.
+        schedule: of the run; None: for a look at the period alone.
+
+    Raises:
+        ConfigError: if it has no such setting, or does not take its value, or lacks what every
+            period has.
+    """
+    make = config.maker("period")
     common = {
-        "total_steps": max(1, schedule.total_steps),
+        "total_steps": 1 if schedule is None else max(1, schedule.total_steps),
         "h_max": None if config.h_max == -1 else config.h_max,
-        "warmup_steps": schedule.warmup_steps,
+        "warmup_steps": 0 if schedule is None else schedule.warmup_steps,
     }
-    if config.period == "qsr":
-        return QSR(config.alpha, config.h_base, **common)
-    if config.period == "power":
-        return PowerRule(config.alpha, config.h_base, config.power, **common)
-    if config.period == "post-local":
-        return PostLocal(config.switch_step, config.h_base, **common)
-    if config.period == "swap":
-        return SWAP(config.switch_step, **common)
-    if config.period == "constant":
-        return Constant(config.h_base, **common)
-    raise ConfigError(f"period is {config.period!r}: no such period")
+    known = named.parameters(make)
+    further = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(make).parameters.values())
+    if not_taken := [name for name in common if name not in known and not further]:
+        raise ConfigError(
+            f"period {config.period}: it does not take {' and '.join(not_taken)}, of which every "
+            "period is told"
+        )
+    ours = _ours(known)
+    given = {
+        name: getattr(config, setting)
+        for name, setting in ours.items()
+        if not config.leaves_to_period(setting, known[name])
+    }
+    made = _made(config, "period", ours | {name: name for name in common}, given | common)
+    for name in ("rounds", "base_h"):
+        if getattr(type(made), name) is getattr(Period, name):
+            raise ConfigError(f"period {config.period}: it does not define {name}")
+    return made
+
+
+def _ours(parameters: Mapping[str, Parameter]) -> dict[str, str]:
+    """Of what a period takes the settings of the program: their names there."""
+    return {name: setting for name, setting in PERIOD_TAKES.items() if name in parameters}
 
 
 def rule(config: Config) -> Rule:
@@ -93,28 +121,7 @@ def rule(config: Config) -> Rule:
         ConfigError: if it has no such setting, or does not take its value, or the run's other
             settings do not go with it.
     """
-    make = RULES[config.sync]
-    known = inspect.signature(make).parameters
-    kinds = get_type_hints(make.__init__ if isinstance(make, type) else make)
-    settings = {}
-    for name, value in config.sync_settings.items():
-        if name not in known:
-            raise ConfigError(
-                f"sync_settings has {name!r}: sync {config.sync} has "
-                f"{', '.join(known) or 'no settings'}"
-            )
-        try:
-            settings[name] = _fitting(value, kinds[name])
-        except ValueError as error:
-            raise ConfigError(f"sync_settings: {name} is {value!r}: {error}") from None
-    missing = [n for n, p in known.items() if p.default is p.empty and n not in settings]
-    if missing:
-        raise ConfigError(f"sync_settings: sync {config.sync} needs {' and '.join(missing)}")
-    _check_state_fields(config, settings)
-    try:
-        made = make(**settings)
-    except ValueError as error:
-        raise ConfigError(f"sync_settings {config.sync_settings}: {error}") from None
+    made = _made(config, "sync")
     if config.ema and not made.agrees:
         raise ConfigError(
             f"ema is {config.ema}: with sync {config.sync} replicas never agree, so there is no "
@@ -123,12 +130,82 @@ def rule(config: Config) -> Rule:
     return made
 
 
+def _made(
+    config: Config,
+    setting: Literal["period", "sync"],
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+    values: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """What a setting names, made with the settings that the recipe has for it.
+
+    Args:
+        config: the settings.
+        setting: "period" or "sync".
+        elsewhere: what it takes that the program has settings for: their names.
+        values: theirs.
+    """
+    make, key, name = config.maker(setting), f"{setting}_settings", getattr(config, setting)
+    parameters = named.parameters(make)
+    own = [parameter for parameter in parameters if parameter not in elsewhere]
+    settings = {}
+    try:
+        types = named.types(make)
+    except ValueError as error:
+        raise ConfigError(f"{setting} {name}: {error}") from None
+    for given, value in getattr(config, key).items():
+        if given in elsewhere:
+            raise ConfigError(f"{key} has {given!r}: set {elsewhere[given]} instead")
+        if given not in own:
+            raise ConfigError(
+                f"{key} has {given!r}: {setting} {name} has {', '.join(own) or 'no settings'}"
+            )
+        try:
+            settings[given] = _fitting(value, types.get(given, Any))
+        except ValueError as error:
+            raise ConfigError(f"{key}: {given} is {value!r}: {error}") from None
+    missing = [n for n in own if parameters[n].default is Parameter.empty and n not in settings]
+    if missing:
+        raise ConfigError(f"{key}: {setting} {name} needs {' and '.join(missing)}")
+    if setting == "sync":
+        _check_state_fields(config, settings)
+    where = f"{key} {getattr(config, key)}" if settings else f"{setting} {name}"
+    try:
+        made = make(**values, **settings)
+    except (ValueError, TypeError) as error:  # the latter of a class that lacks a method
+        raise ConfigError(f"{where}: {named.one_line(error)}") from None
+    base, _ = named.KINDS[setting]
+    if not isinstance(made, base):
+        raise ConfigError(f"{setting} {name}: it made {shortened(made)}, no {base.__name__}")
+    return made
+
+
 def _fitting(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``: one of those that settings of rules have; ValueError if it is none."""
+    """``value`` as ``kind``, where it is one of the types that YAML has; ValueError if it is none.
+
+    What is of another type the rule or the period gets as it is, to judge for itself.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is UnionType:  # X | None
-        return None if value is None else _fitting(value, arguments[0])
-    return converted(value, tuple[arguments[0], ...] if origin is Sequence else kind)
+    if value is None and NoneType in arguments:
+        return None
+    if origin in (UnionType, Union):
+        return _fitting_one_of(value, [kind for kind in arguments if kind is not NoneType])
+    if origin in (Sequence, list):
+        kind, origin, arguments = tuple[arguments[0], ...], tuple, (arguments[0], Ellipsis)
+    scalars = (bool, int, float, str, Ellipsis)
+    known = kind in scalars or origin is Literal
+    known = known or (origin is tuple and all(argument in scalars for argument in arguments))
+    return converted(value, kind) if known else value
+
+
+def _fitting_one_of(value: Any, kinds: Sequence[Any]) -> Any:
+    """``value`` as the first of ``kinds`` that it can be; ValueError as the first of them says."""
+    errors = []
+    for kind in kinds:
+        try:
+            return _fitting(value, kind)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _check_state_fields(config: Config, settings: dict[str, Any]) -> None:
@@ -138,7 +215,7 @@ def _check_state_fields(config: Config, settings: dict[str, Any]) -> None:
     else:
         known = ("exp_avg", "exp_avg_sq")
     for key in ("state_fields", "reset_fields"):
-        for name in settings.get(key, ()):
+        for name in settings.get(key) or ():
             if name not in known:
                 raise ConfigError(
                     f"sync_settings: {key} names {name!r}: the state of {config.optimizer} has "

@@ -33,8 +33,7 @@ from .config import (
 )
 from .lr import Schedule
 
-# What imports torch is imported where it is needed: --help, which lists the flags below, should not
-# wait for it.
+# What imports torch is imported where it is needed: a wrong flag should not wait for it.
 if TYPE_CHECKING:
     from torch import nn
 
@@ -180,8 +179,7 @@ def plan(argv: Sequence[str]) -> Plan:
             f"epochs is {config.epochs}: of {steps_per_epoch} steps each, more than the "
             f"{_MOST_STEPS} steps in all that a plan goes through"
         )
-    if config.local:
-        optimizers.rule(config)  # a wrong setting should be named before a model is built
+    optimizers.check(config)  # a wrong setting should be named before a model is built
     config = checks.with_resolution(config, data.resolution)
     model = _model(config, data.classes)
     checks.check_model(config, model, len(nodes))
@@ -367,27 +365,21 @@ def _model(config: Config, classes: int) -> nn.Module:
 
 def _variants(config: Config, alphas: Sequence[float]) -> dict[str, Config]:
     """The ways to synchronise that are compared, by name; the run's own among them."""
+    from . import optimizers
+
     kind = config.optimizer.removeprefix("local")
+    local: dict[str, Any] = {"optimizer": f"local{kind}"}
     parallel = dataclasses.replace(config, optimizer=kind, buffers="keep", track_replicas=False)
-    constant = dataclasses.replace(config, optimizer=f"local{kind}", period="constant")
-    own = [config]
-    if config.local and config.period in ("qsr", "power"):
+    constant = dataclasses.replace(config, **local, period="constant", period_settings={})
+    own, grows = [config], optimizers.takes(config, "alpha")
+    if config.local and grows:
         own, alphas = [], [*alphas, config.alpha]
-    period = "power" if config.period == "power" else "qsr"
-    growing = [
-        dataclasses.replace(config, optimizer=f"local{kind}", period=period, alpha=alpha)
-        for alpha in sorted(alphas)
-    ]
+    local |= {} if grows else {"period": "qsr", "period_settings": {}}
+    growing = [dataclasses.replace(config, **local, alpha=alpha) for alpha in sorted(alphas)]
     return {_name(variant): variant for variant in (parallel, constant, *own, *growing)}
 
 
 def _name(config: Config) -> str:
-    if not config.local:
-        return "data-parallel"
-    return {
-        "qsr": f"QSR α = {config.alpha:g}",
-        "power": f"power {config.power:g} α = {config.alpha:g}",
-        "constant": f"constant H = {config.h_base}",
-        "post-local": f"post-local H = {config.h_base}",
-        "swap": "SWAP",
-    }[config.period]
+    from . import optimizers
+
+    return str(optimizers.period(config)) if config.local else "data-parallel"

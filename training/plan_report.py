@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 
+from . import optimizers
 from .cost import PARAMETER, Round, Scenario
 from .lr import Schedule
 from .plan import Plan
@@ -76,20 +77,21 @@ def _synchronisation(plan: Plan, own: Scenario) -> dict[str, str]:
     rows = {}
     if config.local:
         rows["period"] = plan.chosen
-        if config.period in ("qsr", "power") and config.max_lr:
+        if optimizers.takes(config, "alpha") and config.max_lr:
             rows["period"] += f" ({config.alpha / config.max_lr:.3g} × peak), H ≥ {own.base}"
         settings = " ".join(f"{name}={value}" for name, value in config.sync_settings.items())
         rows["sync"] = f"{config.sync} {settings}".rstrip()
     sent = f"{_size(own.each.sent)} each"
-    if own.further.sent:
-        sent += f", {_size(own.further.sent)} more every {own.every} rounds"
+    for every, message in own.seldom.items():
+        sent += f", {_size(message.sent)} more every {every} rounds"
     rows["synchronisations"] = f"{len(own.rounds):,} of {total:,} steps ({_share(plan, own)})"
     rows["sent per replica"] = f"{sent}; {_size(own.sent)} over the run"
     if plan.nodes[-1]:
         link = plan.options.link_gbits, plan.options.link_efficiency
         seconds = f"{own.each.link / plan.bandwidth:.3g} s each"
-        if own.further.link:
-            seconds += f", {own.further.link / plan.bandwidth:.3g} s more every {own.every} rounds"
+        for every, message in own.seldom.items():
+            if message.link:
+                seconds += f", {message.link / plan.bandwidth:.3g} s more every {every} rounds"
         rows["communication"] = f"{seconds}, at {link[0]:g} Gbit/s × {link[1]:g}"
         if own.hides:
             rows["communication"] += ", behind the next round"

@@ -25,6 +25,7 @@ from data.loaders import Pace
 from localopt import LocalOptimizer, control
 from localopt.collective import Collective
 
+from . import named
 from .checkpoint import lock, write_text
 from .config import ROOT, Config, ConfigError, absolute
 from .engine import Measures, Place
@@ -154,17 +155,19 @@ def make_folder(config: Config, collective: Collective) -> Path:
     if collective.rank == 0:
         write_text(folder / "config.yml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         write_text(
-            folder / "environment.json", json.dumps(_environment(collective), indent=2) + "\n"
+            folder / "environment.json",
+            json.dumps(_environment(config, collective), indent=2) + "\n",
         )
     return folder
 
 
-def _environment(collective: Collective) -> dict[str, Any]:
+def _environment(config: Config, collective: Collective) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": bool(_git("status", "--porcelain")),
         "code": code_digest(),
+        "own_code": own_code(config),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "gpus": torch.accelerator.device_count(),
@@ -180,6 +183,11 @@ def code_digest() -> str:
         for file in sorted((ROOT / folder).rglob("*.py")):
             total.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
     return total.hexdigest()[:12]
+
+
+def own_code(config: Config) -> dict[str, str]:
+    """A checksum of each module that the rule or the period was imported from."""
+    return named.own_code([config.sync, config.period]) if config.local else {}
 
 
 def versions() -> dict[str, str | None]:

@@ -101,8 +101,7 @@ def assembled(config: Config) -> Iterator[Run]:
         LostRankError: where a collective failed because another rank is lost.
     """
     deepspeed = engine.deepspeed_settings(config, accumulation=1)
-    if config.local:
-        optimizers.rule(config)  # a wrong setting should not wait for the other replicas
+    optimizers.check(config)  # a wrong setting should not wait for the other replicas
     place = engine.start(config)
     collective = Collective()
     watch = Watch(
@@ -218,6 +217,8 @@ def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) 
     settings = {k: v for k, v in config.as_dict().items() if k not in PER_HOST}
     settings |= {f"version of {package}": found for package, found in record.versions().items()}
     settings["version of this code"] = record.code_digest()
+    for module, told in record.own_code(config).items():
+        settings[f"version of {module}"] = told
     settings["deepspeed"] = json.dumps(deepspeed, sort_keys=True)
     for key in ("resume_pth", "optimizer_resume_pth"):
         given = getattr(config, key)

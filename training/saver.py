@@ -134,6 +134,8 @@ class Saver:
             saved["cuda_rng"] = torch.get_device_module().get_rng_state()  # of any accelerator
         if self._config.save_opt:
             saved["optimizer"] = state.optimizer.state_dict()
+        elif isinstance(state.optimizer, LocalOptimizer):
+            saved["centre"] = state.optimizer.sync.centre  # what is missing of the consensus
         saved |= {key: part.state_dict() for key, part in state.beside.items()}
         self._copy = copied(saved, self._copy)
         return self._copy

@@ -61,7 +61,7 @@ class Average(Rule):
         super().attach(replica)
         if self.compress is not None:
             self.z = self.anchor("z")
-            self.change = self.mean_change(self.compress)
+            self.change = self.mean_change()
 
     def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
         return [Entry.like(f"{name}/{f}", p) for f in self.state_fields for name, p in params]

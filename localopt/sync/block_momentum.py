@@ -73,7 +73,7 @@ class BlockMomentum(Rule):
     def attach(self, replica: Replica) -> None:
         super().attach(replica)
         self.z = self.anchor("z")
-        self.change = self.mean_change(self.compress)
+        self.change = self.mean_change()
         self.outer_optimizer = self.outer_step(self._step)
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ class BMUF(Rule):
     def attach(self, replica: Replica) -> None:
         super().attach(replica)
         self.z = self.anchor("z")
-        self.change = self.mean_change(self.compress)
+        self.change = self.mean_change()
         self.outer_optimizer = self.outer_step(self.outer)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..collective import Across, Collective
+from ..traffic import Sending
 from .rule import Rule
 
 
@@ -41,6 +42,13 @@ class HierarchicalAverage(Rule):
                 raise ValueError(
                     f"HierarchicalAverage: {name} is {value!r}: it must be an integer of at least 1"
                 )
+
+    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+        payload = (parameters + beside) * itemsize
+        return [
+            Sending("all_reduce", payload, self.group_size),
+            Sending("all_reduce", payload, self.group_size, across=True, every=self.global_every),
+        ]
 
     def levels(self, everyone: Collective) -> Sequence[Collective]:
         inside, _ = everyone.split(self.group_size)

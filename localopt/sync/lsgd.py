@@ -13,6 +13,7 @@ from ..errors import NonFiniteError, ranks_text
 from ..flat import Vector, pull_
 from ..header import Header, Kind
 from ..replica import Replica
+from ..traffic import Sending
 from ..transport import fetch_, report_spread
 from .rule import Rule
 
@@ -76,6 +77,12 @@ class LSGD(Rule):
                 raise ValueError(f"LSGD: {name} is {value!r}: it must be an integer of at least 1")
         if self.group_size and self.c_global == self.p_global == 0:
             raise ValueError("LSGD: c_global and p_global are both 0: groups would never meet")
+
+    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+        sent = [Sending("broadcast", parameters * itemsize, self.group_size)]
+        if self.global_every is not None:
+            sent += [Sending("broadcast", parameters * itemsize, every=self.global_every)]
+        return sent
 
     def levels(self, everyone: Collective) -> Sequence[Collective]:
         if self.group_size is None:

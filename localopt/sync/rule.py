@@ -16,11 +16,12 @@ from ..flat import Entry, Vector
 from ..header import Kind
 from ..outer import Outer
 from ..replica import Replica
+from ..traffic import Sending
 from ..transport import Compressed, Copied, InPlace
 
 
 class Rule(ABC):
-    """Base of the rules. A subclass is one file in this folder.
+    """Base of the rules. A subclass is one file, in this folder or of your own.
 
     A rule sees its replica, and nothing of periods. It is attached once, when all replicas hold the
     same parameters. What it keeps and what it sends are parts that it asks for when it is attached
@@ -36,6 +37,7 @@ class Rule(ABC):
         needs_loss: whether the training loss must be recorded at every step.
         overlaps: whether what it sends travels behind training; else replicas wait for it.
         centre: name of the anchor that is the consensus; None: the replicas' mean is.
+        compress: the codec for what it sends, or its name; None for numbers as they are.
         was_named: by which other name states of this rule were saved.
     """
 
@@ -45,6 +47,7 @@ class Rule(ABC):
     needs_loss = False
     overlaps = False
     centre: str | None = None
+    compress: str | Codec | None = None
     was_named: str | None = None
 
     def levels(self, everyone: Collective) -> Sequence[Collective]:
@@ -100,16 +103,14 @@ class Rule(ABC):
         fragments: int | None = None,
         *,
         start: Vector | None = None,
-        compress: str | Codec | None = None,
     ) -> Copied:
         """x̄ in memory of its own; behind training if the rule `overlaps`. Collective.
 
         Args:
             fragments: into how many to cut the parameters.
-            start: z, to have the mean of z - x instead.
-            compress: a codec for that, or its name.
+            start: z, to have the mean of z - x instead; that may be `compress`ed.
         """
-        chosen = codec(compress)
+        chosen = None if start is None else codec(self.compress)
         lost = None if chosen is None else self.zeros("lost")
         self._copied = Copied(
             self.replica, behind=self.overlaps, fragments=fragments, start=start,
@@ -117,9 +118,9 @@ class Rule(ABC):
         )  # fmt: skip
         return self._copied
 
-    def mean_change(self, compress: str | Codec | None) -> InPlace | Compressed:
-        """The mean of what a round has changed, in place of the parameters."""
-        chosen = codec(compress)
+    def mean_change(self) -> InPlace | Compressed:
+        """The mean of what a round has changed, in place of the parameters; `compress`ed."""
+        chosen = codec(self.compress)
         if chosen is None:
             return self.in_place
         return Compressed(self.replica, chosen, self.zeros("lost"))
@@ -139,6 +140,23 @@ class Rule(ABC):
     def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
         """What the rule wants averaged in the parameters' collective; entries of the layout."""
         return []
+
+    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+        """What the ends of rounds send; asked before the rule is attached.
+
+        Args:
+            parameters: how many numbers the parameters are.
+            beside: how many are averaged beside them: `beside` and buffers.
+            itemsize: bytes of a number.
+        """
+        chosen = codec(self.compress)
+        if chosen is None:
+            return [Sending("all_reduce", (parameters + beside) * itemsize)]
+        blocks = -(-parameters // chosen.block)
+        return [
+            Sending("shards", chosen.size(blocks * chosen.block)),
+            Sending("all_reduce", beside * itemsize),
+        ]
 
     def begin(self) -> None:
         """The first round begins.

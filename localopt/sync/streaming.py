@@ -15,6 +15,7 @@ from ..compression import Codec, codec
 from ..flat import pull_
 from ..outer import Maker, Outer
 from ..replica import Replica
+from ..traffic import Sending
 from .rule import Rule
 
 
@@ -95,11 +96,14 @@ class Streaming(Rule):
     def overlaps(self) -> bool:  # type: ignore[override]
         return self.overlap or self.delay > 0
 
+    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+        return super().sends(parameters, 0, itemsize)  # in all: K fragments
+
     def attach(self, replica: Replica) -> None:
         super().attach(replica)
         self.z = self.anchor("z")
         start = None if self._step is None else self.z
-        self.mean = self.mean_of_copies(self.fragments, start=start, compress=self.compress)
+        self.mean = self.mean_of_copies(self.fragments, start=start)
         self.outer_optimizer = None if self._step is None else self.outer_step(self._step)
         self._sent = 0  # fragments of this round
         self._flying = 0  # the fragment that was launched last

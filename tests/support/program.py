@@ -119,7 +119,8 @@ def _rank(script: Path, flags: list[str], environment: dict[str, str], told: str
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [str(script), *flags]
-    sys.path.insert(0, str(script.parent))
+    ahead = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:0] = [str(script.parent), *ahead]
     try:
         runpy.run_path(str(script), run_name="__main__")
     finally:

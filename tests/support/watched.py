@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from localopt import Watch
-from localopt.collective import Collective, synchronised_clock
+from localopt.collective import Collective
+from localopt.traffic import synchronised_clock
 from tests.support.patience import PATIENCE
 from tests.support.ports import free_port
 from tests.support.ranks import backend, context

@@ -17,7 +17,7 @@ import torch
 from experiments import rules
 from tests.support.patience import PATIENCE
 from training.config import ROOT, ConfigError, fields
-from training.cost import Scenario
+from training.cost import Message, Scenario
 from training.plan import Options, Plan, help_text, plan
 from training.plan_report import report
 
@@ -142,15 +142,16 @@ def test_a_ring_passes_each_nodes_link_once_and_groups_share_it() -> None:
     _, inside = scenario(f"{small} {pairs}2")
     assert (inside.each.sent, inside.each.link) == (pytest.approx(p), 0)
     # Two rings of four peers, each with half of the parameters, then a broadcast in each pair.
-    assert inside.further.sent == pytest.approx(2 * 3 / 4 * p / 2 + p / 2)
-    assert inside.further.link == pytest.approx(2 * (2 * 3 / 4 * p / 2))
+    across = inside.seldom[3]
+    assert across.sent == pytest.approx(2 * 3 / 4 * p / 2 + p / 2)
+    assert across.link == pytest.approx(2 * (2 * 3 / 4 * p / 2))
     assert len(inside.rounds) == 148
-    assert inside.sent == pytest.approx(148 * inside.each.sent + 49 * inside.further.sent)
+    assert inside.sent == pytest.approx(148 * inside.each.sent + 49 * across.sent)
     _, leader = scenario(f"{small} --sync lsgd --sync-settings group_size=4 global_every=2")
     assert (leader.each.sent, leader.each.link) == (pytest.approx(3 / 4 * p), 0)
-    assert (leader.further.sent, leader.further.link) == (pytest.approx(7 / 8 * p), p)
+    assert leader.seldom == {2: Message(pytest.approx(7 / 8 * p), p)}
     one_group = scenario(f"{small} {pairs}8")[1]
-    assert one_group.further.sent == one_group.further.link == 0
+    assert one_group.seldom == {}
 
 
 def test_what_travels_beside_the_parameters_counts() -> None:

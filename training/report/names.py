@@ -54,13 +54,16 @@ def period(settings: Settings) -> str:
         return "every step"
     kind, alpha, base = (settings.get(key, "?") for key in ("period", "alpha", "h_base"))
     switch = settings.get("switch_step", "?")
-    return {
+    given = settings.get("period_settings")
+    further = [f"{k} {v}" for k, v in given.items()] if isinstance(given, dict) else []
+    told = {
         "qsr": f"QSR, α {alpha}, H ≥ {base}",
         "power": f"power {settings.get('power', '?')}, α {alpha}, H ≥ {base}",
         "constant": f"H = {base}",
         "post-local": f"H = {base} from step {switch}",
         "swap": f"SWAP from step {switch}",
     }.get(str(kind), str(kind))
+    return ", ".join([told, *further])
 
 
 def subject(settings: Settings) -> str:
