@@ -153,6 +153,8 @@ class Outer:
 
 def _trial(make: Maker) -> Optimizer:
     """The optimizer, after a step on parameters of no importance."""
+    if not callable(make):
+        raise TypeError(f"outer must be a function that makes an optimizer, not {make!r}")
     p = nn.Parameter(torch.zeros(2, 2))
     p.grad = torch.zeros_like(p)
     trial = make([p])

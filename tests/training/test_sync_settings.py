@@ -63,6 +63,7 @@ def test_settings_take_the_types_of_the_rule() -> None:
         ("lsgd", {"group_size": 2}, ["group_size is 2", "two levels need both"]),
         ("bmuf", {"momentum": 1.0}, ["momentum is 1.0", "[0, 1)"]),
         ("diloco", {"lr": 1.5}, ["learning rate is 1.5", "long rounds diverge"]),
+        ("streaming", {"fragments": 2, "outer": "Adam"}, ["must be a function", "'Adam'"]),
         ("average", {"state_fields": "exp_avg"}, ["state_fields is 'exp_avg'", "a list"]),
         ("average", {"state_fields": ["momentum_buffer"]}, ["'momentum_buffer'", "exp_avg_sq"]),
         ("average", {"reset_fields": ["step"]}, ["reset_fields names 'step'", "exp_avg"]),
