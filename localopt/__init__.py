@@ -14,9 +14,10 @@ from .errors import (
     ReplicaMismatchError,
     SyncError,
 )
+from .local import LocalAdamW, LocalSGD
 from .meeting import SyncReport
 from .merge import merged
-from .optimizer import LocalAdamW, LocalOptimizer, LocalSGD
+from .optimizer import LocalOptimizer
 from .period import QSR, SWAP, Constant, Period, PostLocal, PowerRule
 from .sync import (
     BMUF,

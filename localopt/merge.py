@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optimizer import READABLE, place_of
+from .saved import READABLE, own_state
 
 State = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def merged(states: Iterable[tuple[State, State]]) -> tuple[dict[str, Any], dict[
     total: dict[str, Any] | None = None
     first: State | None = None
     for rank, (model, optimizer) in enumerate(states):
-        place = place_of(optimizer)
+        place = own_state(optimizer)
         first = place if total is None else first
         _check_place(place, first, rank)
         both = {"model": model, "optimizer": optimizer}
@@ -63,7 +63,7 @@ def merged(states: Iterable[tuple[State, State]]) -> tuple[dict[str, Any], dict[
     closed = _closed(total)
     model, optimizer = closed["model"], closed["optimizer"]
     if first is not None:
-        _restart(model, place_of(optimizer))
+        _restart(model, own_state(optimizer))
     return model, optimizer
 
 

@@ -6,7 +6,6 @@ import functools
 import math
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from . import control
+from .around import Around
 from .buffers import BufferPolicy, Buffers
-from .calls import EmptyState, one_at_a_time, with_own_hooks
+from .calls import one_at_a_time, with_own_hooks
 from .checks import (
     check_group,
     check_inner,
@@ -34,22 +34,12 @@ from .flat import Flat, entries_of
 from .header import Kind
 from .meeting import SyncReport, modes_of
 from .replica import Replica
+from .saved import KEY, STATE_VERSION, check_own, check_whole, has_state, own_state, without_own
 from .sync import Average, Rule
 from .traffic import Traffic
 
-STATE_VERSION = 5
-READABLE = (3, 4, 5)
 
-PLACE = "localopt"  # in the first parameter group of a state
-
-
-def place_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The replica's place in the state of a `LocalOptimizer`; None in that of another optimizer."""
-    groups = state.get("param_groups") or [{}]
-    return groups[0].get(PLACE, state.get(PLACE))  # beside the groups in version 3
-
-
-class LocalOptimizer(Optimizer):
+class LocalOptimizer(Around):
     """H local steps of ``inner`` on every replica, then a synchronisation; again and again.
 
     x_i ← inner step on x_i's own gradients, H times; then the rule, by default x_i ← x̄.
@@ -107,7 +97,7 @@ class LocalOptimizer(Optimizer):
             raise ValueError("the inner optimizer is a LocalOptimizer already")
         check_inner(inner, period)
         check_group(process_group, alone=alone)
-        self.inner = inner
+        super().__init__(inner)
         self.period = period
         self.sync = sync if sync is not None else Average()
         if not isinstance(self.sync, Rule):
@@ -121,7 +111,6 @@ class LocalOptimizer(Optimizer):
         self._model, self._policy = model, buffers
         self._options = {"check_finite": check_finite, "track_drift": track_drift}
         self._in_consensus = False
-        self._init_hooks()
         flat, buffers_ = self._build(first=True)
         self._replica = Replica(
             flat, self._collective, buffers_, inner, levels=self.sync.levels(self._collective),
@@ -129,19 +118,6 @@ class LocalOptimizer(Optimizer):
         )  # fmt: skip
         self._replica.equalise()
         self.sync.attach(self._replica)
-
-    def _init_hooks(self) -> None:
-        # Optimizer.__init__ would make parameter groups of its own; ours are the inner one's.
-        for name in (
-            "step_pre",
-            "step_post",
-            "state_dict_pre",
-            "state_dict_post",
-            "load_state_dict_pre",
-            "load_state_dict_post",
-        ):
-            setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
-        self._patch_step_function()
 
     def _build(self, *, first: bool = False) -> tuple[Flat, Buffers]:
         """Compare layouts, and move the parameters into flat buffers. Collective."""
@@ -180,40 +156,6 @@ class LocalOptimizer(Optimizer):
         if about not in self._told:
             self._told.add(about)
             warnings.warn(f"rank {self._collective.rank}: {text}", stacklevel=3)
-
-    # What a torch optimizer has: the inner one's.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The inner optimizer's parameter groups."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The inner optimizer's per-parameter state."""
-        return self.inner.state or EmptyState(self.inner)
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's defaults."""
-        return self.inner.defaults
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("train", "eval") and "inner" in vars(self):  # an optimizer with two modes
-            return getattr(self.inner, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
-        self.inner.zero_grad(set_to_none=set_to_none)
 
     @one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -468,48 +410,6 @@ class LocalOptimizer(Optimizer):
             )
         clock.record_loss(loss)
 
-    # GradScaler asks for this, and then calls step() even where it found infinities, so that a
-    # skipped inner step still counts towards the round on every replica.
-    _step_supports_amp_scaling = True
-
-    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
-        found_inf = self.__dict__.get("found_inf")  # set by GradScaler
-        if found_inf is None:
-            return self.inner.step() if closure is None else self.inner.step(closure)
-        self._tell_accelerate(found_inf)
-        if closure is not None:
-            raise RuntimeError("GradScaler does not work with closures")
-        if getattr(self.inner, "_step_supports_amp_scaling", False):
-            return self._step_with_scale(found_inf)
-        if float(found_inf):  # host sync, as GradScaler itself makes
-            return None
-        grad_scale = self.__dict__.get("grad_scale")
-        if grad_scale is not None:
-            self._unscale(1.0 / float(grad_scale))
-        return self.inner.step()
-
-    def _tell_accelerate(self, found_inf: Tensor) -> None:
-        """Accelerate takes a step that was called for one that was made; this one may not be.
-
-        It looks at a flag that its own wrapper of ``step`` sets, ``step_was_skipped``.
-        """
-        cells = getattr(vars(self).get("step"), "__closure__", None) or ()
-        for cell in cells:
-            if hasattr(cell.cell_contents, "_accelerate_step_called") and float(found_inf):
-                cell.cell_contents._accelerate_step_called = False
-
-    def _step_with_scale(self, found_inf: Tensor) -> Any:
-        inner: Any = self.inner
-        inner.found_inf, inner.grad_scale = found_inf, self.__dict__.get("grad_scale")
-        try:
-            return inner.step()
-        finally:
-            del inner.found_inf, inner.grad_scale
-
-    def _unscale(self, factor: float) -> None:
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        torch._foreach_mul_([g for g in grads if g is not None], factor)
-
     def start_at(self, step: int) -> None:
         """Count steps from ``step``: for a run that starts inside a schedule, from given weights.
 
@@ -613,12 +513,12 @@ class LocalOptimizer(Optimizer):
             pre_hook(self)
         replica = self._replica
         state = self.inner.state_dict()
-        state["param_groups"][0][PLACE] = {
+        state["param_groups"][0][KEY] = {
             "version": STATE_VERSION,
             "rule": type(self.sync).__name__,
             "rank": self._collective.rank,
             "world_size": self._collective.world_size,
-            "has_state": _has_state(state),
+            "has_state": has_state(state),
             "replica": replica.state_dict(),
             "sync": self.sync.state_dict(),
         }
@@ -644,186 +544,37 @@ class LocalOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state)
             state = changed if changed is not None else state
-        place = place_of(state)
-        if place is not None:
-            self._check_place(place)
-        _check_whole(state, place)
-        state.pop(PLACE, None)
-        state["param_groups"] = [
-            {key: value for key, value in group.items() if key != PLACE}
-            for group in state["param_groups"]
-        ]
-        self.inner.load_state_dict(state)
+        own = own_state(state)
+        if own is not None:
+            self._check_own(own)
+        check_whole(state, own)
+        self.inner.load_state_dict(without_own(state))
         self._replica.recover()
         self.sync.drop()  # what is in flight belongs to the run that is left
-        if place is None:
+        if own is None:
             self._replica.start_over()
             self.sync.start_over()
         else:
-            self._replica.load_state_dict(place["replica"])
-            self.sync.load_state_dict(place["sync"])
-            if place["world_size"] != self._collective.world_size:
+            self._replica.load_state_dict(own["replica"])
+            self.sync.load_state_dict(own["sync"])
+            if own["world_size"] != self._collective.world_size:
                 self._replica.meeting.forget_others()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _check_place(self, place: dict[str, Any]) -> None:
-        mine = {
-            "rule": type(self.sync).__name__,
-            "rank": self._collective.rank,
-            "world_size": self._collective.world_size,
-        }
-        if place["version"] not in READABLE:
-            raise ValueError(
-                f"the state to load has version {place['version']!r}, this localopt writes "
-                f"{STATE_VERSION} and reads {' and '.join(map(str, READABLE))}"
-            )
-        replica = place["replica"]
-        is_open = replica.get("open", replica["remaining"] > 0)
-        agreed = place["sync"]["replicas_agree"] and not is_open
-        wanted = ("rule",) if agreed else mine
-        for key in wanted:
-            same = place[key] == mine[key] or (key == "rule" and place[key] == self.sync.was_named)
-            if not same:
-                raise ValueError(
-                    f"rank {mine['rank']}: the state to load has {key} {place[key]!r}, this "
-                    f"optimizer {mine[key]!r}"
-                )
-        if place["rank"] is not None and place["rank"] != mine["rank"]:
+    def _check_own(self, own: Mapping[str, Any]) -> None:
+        rank, name = self._collective.rank, type(self.sync).__name__
+        check_own(own, name, self.sync.was_named, rank, self._collective.world_size)
+        if own["rank"] is not None and own["rank"] != rank:
             self._warn_once(
                 "other rank",
-                f"the optimizer state that is loaded is that of rank {place['rank']}: momenta and "
+                f"the optimizer state that is loaded is that of rank {own['rank']}: momenta and "
                 "the like are each replica's own. Save one state per rank, or merge them all "
                 "(localopt.merged)",
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            f"a {type(self).__name__} can be neither copied nor pickled, for parameters live in "
-            "its buffers and other ranks wait for it: save its state_dict() and build a new one"
-        )
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r}, {self.period!r}, sync={self.sync!r})"
-
-
-class LocalSGD(LocalOptimizer):
-    """`LocalOptimizer` around `torch.optim.SGD`: Local SGD.
-
-    Args:
-        params: parameters, or parameter groups.
-        lr: learning rate.
-        period: when to synchronise.
-        sync, model, buffers, process_group, auto, track_drift, check_finite, alone: see
-            `LocalOptimizer`.
-
-    The others are `torch.optim.SGD`'s.
-
-    Source: Stich 2018, arXiv 1805.09767.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        period: Callable[[int, float], int],
-        sync: Rule | None = None,
-        model: nn.Module | None = None,
-        buffers: BufferPolicy = "keep",
-        process_group: dist.ProcessGroup | None = None,
-        auto: bool = True,
-        track_drift: bool = False,
-        check_finite: bool = True,
-        alone: bool = False,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        inner = SGD(
-            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize,
-            foreach=foreach, differentiable=differentiable, fused=fused,
-        )  # fmt: skip
-        super().__init__(
-            inner, period, sync, model=model, buffers=buffers, process_group=process_group,
-            auto=auto, track_drift=track_drift, check_finite=check_finite, alone=alone,
-        )  # fmt: skip
-
-
-class LocalAdamW(LocalOptimizer):
-    """`LocalOptimizer` around `torch.optim.AdamW`: Local AdamW. Moments stay local.
-
-    Args:
-        params: parameters, or parameter groups.
-        lr: learning rate.
-        period: when to synchronise.
-        sync, model, buffers, process_group, auto, track_drift, check_finite, alone: see
-            `LocalOptimizer`.
-
-    The others are `torch.optim.AdamW`'s.
-
-    Source: Gu et al., ICLR 2024, arXiv 2310.14423.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        period: Callable[[int, float], int],
-        sync: Rule | None = None,
-        model: nn.Module | None = None,
-        buffers: BufferPolicy = "keep",
-        process_group: dist.ProcessGroup | None = None,
-        auto: bool = True,
-        track_drift: bool = False,
-        check_finite: bool = True,
-        alone: bool = False,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        inner = AdamW(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
-            capturable=capturable, differentiable=differentiable, fused=fused,
-        )  # fmt: skip
-        super().__init__(
-            inner, period, sync, model=model, buffers=buffers, process_group=process_group,
-            auto=auto, track_drift=track_drift, check_finite=check_finite, alone=alone,
-        )  # fmt: skip
-
-
-def _has_state(state: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's state has anything about a parameter."""
-    return any(not isinstance(own, Mapping) or own for own in state["state"].values())
-
-
-def _check_whole(state: Mapping[str, Any], place: Mapping[str, Any] | None) -> None:
-    """Raise `ValueError` if ``torch.distributed.checkpoint`` has lost a part on the way."""
-    named = any(isinstance(p, str) for group in state["param_groups"] for p in group["params"])
-    if place is None and named:
-        raise ValueError(
-            "the state to load has parameters' names and no place in a round: "
-            "flatten_optimizer_state_dict=True drops that, so get and set the state without it. If "
-            "it is a bare optimizer's, load it into optimizer.inner before the first step"
-        )
-    if place is not None and place.get("has_state") and not _has_state(state):
-        raise ValueError(
-            "the state to load has lost the inner optimizer's, such as momenta: torch.distributed."
-            "checkpoint loads into what is there, and a new optimizer has none yet. Save and load "
-            "localopt.integrations.dcp.ReplicaState"
-        )
 
 
 def _is_number(loss: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data.dataset import DESCRIPTION, DataError, Dataset
 from localopt.merge import merged
-from localopt.optimizer import PLACE, place_of
+from localopt.saved import KEY, own_state
 from localopt.sync import RULES
 
 from . import checkpoint, models
@@ -163,8 +163,8 @@ def _place(folder: Path, content: Mapping[str, Any], settings: Mapping[str, Any]
             f"{folder}: saved without optimizer state (save_opt: false), in which sync "
             f"{settings['sync']} has its weights"
         )
-    place = place_of(state)
-    return {"param_groups": [{PLACE: place}]} if place is not None else {}
+    own = own_state(state)
+    return {"param_groups": [{KEY: own}]} if own is not None else {}
 
 
 def _filled(

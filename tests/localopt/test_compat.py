@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from localopt import CommOptimizer, DistOptimizer, LocalOptimizer
-from localopt.optimizer import place_of
+from localopt.saved import own_state
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def own_rule(rank: int, m: int) -> list[float]:
         optimizer.step()
         seen.append(float(p.detach()[0]))
     assert optimizer.dist_optimizer.trained == 4
-    state = place_of(optimizer.state_dict())["sync"]["vectors"]["center"]
+    state = own_state(optimizer.state_dict())["sync"]["vectors"]["center"]
     assert [float(v[0]) for v in state.values()] == [float(optimizer.dist_optimizer.center[0][0])]
     optimizer.finish()
     seen.append(float(p.detach()[0]))

@@ -12,7 +12,7 @@ from torch import nn
 from localopt import BMUF, Average, Constant, DiLoCo, LocalOptimizer, LocalSGD
 from localopt.compression import Bfloat16, Int8
 from localopt.merge import merged
-from localopt.optimizer import place_of
+from localopt.saved import own_state
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.slow
@@ -150,7 +150,7 @@ def test_another_number_of_replicas_inherits_what_is_owed() -> None:
     ranks = run(states, 3)
     model, optimizer = merged((model, optimizer) for model, optimizer, _ in ranks)
     owed = torch.stack([left for *_, left in ranks]).mean(0)
-    lost = place_of(optimizer)["sync"]["vectors"]["lost"]
+    lost = own_state(optimizer)["sync"]["vectors"]["lost"]
     assert torch.allclose(torch.cat([t.reshape(-1) for t in lost.values()]), owed, rtol=1e-12)
     again = Model()
     again.load_state_dict(model)

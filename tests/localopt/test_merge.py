@@ -14,7 +14,7 @@ from torch import nn
 
 from localopt import EASGD, Average, Constant, DiLoCo, LocalOptimizer, OverlapLocalSGD, Rule
 from localopt.merge import merged
-from localopt.optimizer import PLACE, place_of
+from localopt.saved import KEY, own_state
 from tests.support import oracle
 from tests.support.contract import (
     LRS,
@@ -87,7 +87,7 @@ def train_on(rank: int, m: int, name: str, states: dict[tuple, bytes]) -> int:
         optimizer = local_optimizer(name, index, inner, model, Constant(H))
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
-        place = place_of(state)["replica"]
+        place = own_state(state)["replica"]
         assert optimizer.synced and (optimizer.round, place["step"]) == (step // H, step)
         assert optimizer.report is None and optimizer.traffic.wait == []
         every = [t.double().reshape(-1) for t in everything(optimizer, model)]
@@ -149,8 +149,8 @@ def go_on(rank: int, m: int, name: str) -> float:
         weights, state = merged(map(unpacked, files))
         again.load_state_dict(weights)
         resumed.load_state_dict(state)
-        vectors = place_of(optimizer.state_dict())["sync"]["vectors"]
-        anchors = [vectors[anchor] for anchor in place_of(state)["sync"]["anchors"]]
+        vectors = own_state(optimizer.state_dict())["sync"]["vectors"]
+        anchors = [vectors[anchor] for anchor in own_state(state)["sync"]["anchors"]]
         restarts = all(torch.equal(v[n], p) for v in anchors for n, p in model.named_parameters())
         for step in range(steps, steps + LATER if restarts else steps):
             local_step(optimizer, model, problem, rank, step)
@@ -228,10 +228,10 @@ def test_what_is_averaged_and_what_is_not() -> None:
     alone = given[1][1]["state"][unused]["exp_avg"]
     assert torch.equal(state["state"][unused]["exp_avg"], alone), "only one stepped"
     groups = state["param_groups"], given[0][1]["param_groups"]
-    place, before = (group.pop(PLACE) for (group,) in groups)
+    place, before = (group.pop(KEY) for (group,) in groups)
     assert groups[0] == groups[1], "rank 0's"
     assert (place["rank"], before["rank"]) == (None, 0), "anybody's"
-    state["param_groups"][0][PLACE] = place
+    state["param_groups"][0][KEY] = place
     model = Small()
     optimizer = LocalOptimizer(
         torch.optim.AdamW(model.parameters()), Constant(2), Average(), model=model
@@ -244,14 +244,14 @@ def test_what_is_averaged_and_what_is_not() -> None:
 def test_a_centre_is_found_under_a_tied_name_and_keeps_its_width() -> None:
     """Loaded last, the mean under the second name would replace the centre."""
     states = by_hand(2, lambda: EASGD(alpha=0.3, beta=0.4, pull=0.2), torch.bfloat16)
-    centre = place_of(states[0][1])["sync"]["vectors"]["z"]
+    centre = own_state(states[0][1])["sync"]["vectors"]["z"]
     for _, state in states:
-        place_of(state)["sync"]["vectors"]["z"] = centre  # as after a collective
+        own_state(state)["sync"]["vectors"]["z"] = centre  # as after a collective
     weights, state = merged(states)
     assert not torch.equal(weights["unused"], states[1][0]["unused"])
     for name, z in centre.items():
         assert z.dtype == torch.float32 and torch.equal(weights[name], z.bfloat16()), name
-        assert torch.equal(place_of(state)["sync"]["vectors"]["z"][name], z), name
+        assert torch.equal(own_state(state)["sync"]["vectors"]["z"][name], z), name
     assert torch.equal(weights["tied.weight"], weights["first.weight"])
 
 
@@ -259,7 +259,7 @@ def test_a_centre_is_found_under_a_tied_name_and_keeps_its_width() -> None:
 def test_anchors_start_again_at_the_consensus(rule: type[Rule]) -> None:
     """In the open round they are where the last one ended."""
     weights, state = merged(by_hand(2, rule))
-    for name, z in place_of(state)["sync"]["vectors"]["z"].items():
+    for name, z in own_state(state)["sync"]["vectors"]["z"].items():
         assert torch.equal(z, weights[name]), name
 
 
@@ -296,14 +296,14 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
     refused([two[0], by_hand(2, steps=4)[1]], "rank 1 is at step 4, rank 0 at 3")
     refused([two[0], by_hand(2, DiLoCo)[1]], "rule is 'DiLoCo', on rank 0 'Average'")
     refused([*two, by_hand(3)[2]], "world_size is 3, on rank 0 2")
-    groups = [{k: v for k, v in g.items() if k != PLACE} for g in two[1][1]["param_groups"]]
+    groups = [{k: v for k, v in g.items() if k != KEY} for g in two[1][1]["param_groups"]]
     plain = {"state": two[1][1]["state"], "param_groups": groups}
     refused([two[0], (two[1][0], plain)], "no LocalOptimizer's")
     refused([two[0], ({}, two[1][1])], "different models")
     wider = {**two[1][0], "unused": torch.ones(6)}
     refused([two[0], (wider, two[1][1])], "unused has shape")
     old = copy.deepcopy(two)
-    place_of(old[1][1])["version"] = 1
+    own_state(old[1][1])["version"] = 1
     refused(old, "another version")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from localopt import Constant, LocalSGD, NonFiniteError
-from localopt.optimizer import place_of
+from localopt.saved import own_state
 from tests.support.small_network import network, train, vector
 
 
@@ -32,7 +32,7 @@ def test_state_of_another_rule_is_refused() -> None:
     optimizer = LocalSGD(network().parameters(), period=Constant(2))
     for key, value in (("rule", "Other"), ("version", 99)):
         state = optimizer.state_dict()
-        place_of(state)[key] = value
+        own_state(state)[key] = value
         with pytest.raises(ValueError, match=f"state to load has {key} {value!r}"):
             optimizer.load_state_dict(state)
 

@@ -34,7 +34,7 @@ from localopt import (
     Rule,
     Streaming,
 )
-from localopt.optimizer import place_of
+from localopt.saved import own_state
 from tests.support.contract import (
     LRS,
     SIZE,
@@ -293,7 +293,7 @@ def test_version_3(rule: str, steps: int) -> None:
     del place["has_state"], place["replica"]["open"], place["replica"]["start"]
     place["sync"].pop("sent", None)
     old = {**state, "localopt": place}
-    assert place_of(old) is place
+    assert own_state(old) is place
     resumed.model.load_state_dict(weights)
     resumed.optimizer.load_state_dict(old)
     assert resumed.optimizer.synced == (steps % 3 == 0)

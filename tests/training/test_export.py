@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from localopt import EASGD, Average, Constant, LocalOptimizer, Rule
-from localopt.optimizer import place_of
+from localopt.saved import own_state
 from training import checkpoint, models
 from training.export import main
 from training.methods import Ema
@@ -189,10 +189,10 @@ def test_the_centre_is_exported_not_the_mean(
     """What EASGD evaluates; without optimizer state it is not there."""
     out = tmp_path / "weights.pt"
     folder = checkpoint_of(tmp_path / "whole", EASGD, sync="easgd")
-    centre = place_of(contents_of(folder)[0]["optimizer"])["sync"]["vectors"]["z"]
+    centre = own_state(contents_of(folder)[0]["optimizer"])["sync"]["vectors"]["z"]
     exported(capsys, folder, "--out", out)
     weights, means = torch.load(out), mean(folder)
-    other = [place_of(content["optimizer"])["sync"]["vectors"]["z"]
+    other = [own_state(content["optimizer"])["sync"]["vectors"]["z"]
              for content in contents_of(folder)][1]  # fmt: skip
     assert not torch.equal(weights["linear_head.bias"], means["linear_head.bias"])
     for name, z in centre.items():
@@ -257,6 +257,6 @@ def test_what_cannot_be_exported_is_one_line(
 
     other = saved(tmp_path / "other", config(resolution=32, model="resnet18"), contents)
     assert "weights of another resnet18" in refused(capsys, out, other)
-    place_of(contents[1]["optimizer"])["rule"] = "EASGD"
+    own_state(contents[1]["optimizer"])["rule"] = "EASGD"
     mixed = saved(tmp_path / "mixed", settings, contents)
     assert "rule is 'EASGD', on rank 0 'Average'" in refused(capsys, out, mixed)
