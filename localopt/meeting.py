@@ -110,6 +110,7 @@ class Meeting:
         self.check_finite, self.track_drift = check_finite, track_drift
         self.meter = Meter(flat.device, collective.world_size)
         self.report: SyncReport | None = None
+        self._landed: SyncReport | None = None
         self._square_spread = 0.0
         self.uneven: dict[int, int] = {}
         self.alike = self._perhaps_alike = False
@@ -380,9 +381,15 @@ class Meeting:
         if mean_square_norm is not None:
             self._square_spread += headers_.spread(headers, mean_square_norm) ** 2
         if ends_round:
-            tracked = mean_square_norm is not None
-            self.report = self._report(headers, math.sqrt(self._square_spread) if tracked else None)
+            whole = None if mean_square_norm is None else math.sqrt(self._square_spread)
+            self._landed = self._report(headers, whole)
             self._square_spread = 0.0
+
+    def show_landed(self) -> None:
+        """`report` is now of what has landed last, if anything has: not as soon as it lands, for a
+        look at the state or at the consensus lets it land early."""
+        if self._landed is not None:
+            self.report = self._landed
 
     # State.
 
@@ -397,20 +404,23 @@ class Meeting:
     def forget_others(self) -> None:
         """Drop what came from ranks that are not those of now."""
         self.meter.forget_waits()
-        self.report = None
+        self.report = self._landed = None
 
     def state_dict(self) -> dict[str, Any]:
+        reports = {"report": self.report, "landed_report": self._landed}
         return {
             "_square_spread": self._square_spread,
-            "report": None if self.report is None else asdict(self.report),
+            **{key: None if report is None else asdict(report) for key, report in reports.items()},
             "traffic": self.meter.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self._square_spread = state["_square_spread"]
-        report = state.get("landed_report") or state["report"]  # the first: version 4 or less
-        self.report = None if report is None else SyncReport(**report)
+        self.report, self._landed = (
+            None if state[key] is None else SyncReport(**state[key])
+            for key in ("report", "landed_report")
+        )
         self.meter.load_state_dict(state["traffic"])
 
 

@@ -180,7 +180,7 @@ def _restart(model: dict[str, Any], place: dict[str, Any]) -> None:
     place["rank"] = None  # anybody's
     replica |= {"open": False, "remaining": 0, "start": 0}
     replica |= {"_rates": 0, "_losses": 0, "rate_sum": 0.0, "loss_sum": 0.0}
-    replica |= {"report": None, "_square_spread": 0.0}
+    replica |= {"report": None, "landed_report": None, "_square_spread": 0.0}
     replica["traffic"]["wait"] = []
 
 

@@ -326,6 +326,7 @@ class LocalOptimizer(Around):
         replica, clock, meeting = self._replica, self._replica.round, self._replica.meeting
         replica.flat.check_pointers()  # before the rule pulls what lives there no more
         self.sync.end_round()
+        meeting.show_landed()
         replica.end_round(next_loss=True)  # recorded before what was owed
         if meeting.uneven:
             self._warn_once(

@@ -79,6 +79,8 @@ class InPlace:
                 self._sum(headers, sums, count)
                 if saved is not None:
                     replica.restore(saved)
+        if not ends_round and kind is Kind.FINISH:
+            replica.meeting.show_landed()
 
     @contextmanager
     def mean_change(

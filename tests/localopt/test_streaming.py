@@ -210,7 +210,6 @@ def as_before(state: dict[str, Any], rule: Streaming) -> dict[str, Any]:
     sync["vectors"]["v"] = v.state_dict()
     del sync["outer"], sync["outer_type"]
     own["version"] = 4
-    own["replica"]["landed_report"] = None
     return state
 
 
