@@ -49,13 +49,14 @@ test_() { # NAME SECONDS ARGUMENTS …
 } | tee "$folder/machine.txt"
 
 if [[ $what == tests ]]; then
-    test_ rules 60 -n auto tests/gpu/test_rules.py
-    test_ program 60 -n 4 tests/gpu/test_program.py
+    test_ randaugment 20 -m gpu tests/data/test_randaugment_triton.py tests/data/test_randaugment.py
+    test_ rules 55 -n auto tests/gpu/test_rules.py
+    test_ program 55 -n 4 tests/gpu/test_program.py
     test_ watch 40 -n 6 tests/gpu/test_watch.py
     test_ compression-scaling 45 -n auto tests/gpu/test_compression.py tests/gpu/test_grad_scaler.py
     test_ host-synchronisations 25 -n 2 tests/gpu/test_host_synchronisations.py
     test_ from-scratch 25 -n 6 tests/gpu/test_from_scratch.py
-    test_ fast-tests 45 -n auto -m "not slow" tests
+    test_ fast-tests 35 -n auto -m "not slow" tests
 else
     part throughput 100 "$python" -m benchmarks.throughput
     part fed 60 "$python" -m benchmarks.fed --models resnet50

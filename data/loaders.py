@@ -502,7 +502,7 @@ class _MappedFile(OSCacheManager):
 
 def _augments_batches(device: torch.device) -> bool:
     """Whether RandAugment runs on the device, rather than in the threads that decode."""
-    return device.type == "cuda"
+    return device.type != "cpu"
 
 
 class _Receiver:
@@ -525,7 +525,7 @@ class _Receiver:
             for values in (dataset.mean, dataset.std)
         )
         # On a stream of their own copies don't queue behind the model's work: the wait is short.
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.Stream(device) if device.type != "cpu" else None
 
     def __call__(self, pixels: np.ndarray, labels: np.ndarray, seeds: np.ndarray) -> Batch:
         """From (b, R, R, 3) uint8 and (b,) int64 and uint64 to a Batch in memory of its own."""
@@ -541,9 +541,10 @@ class _Receiver:
         return normalised.view(images.shape).permute(0, 3, 1, 2), labels.to(self.device)
 
     def _copy(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
-        with torch.cuda.stream(self.stream):
+        assert self.stream is not None
+        with self.stream:
             copies = [x.to(self.device, non_blocking=True) for x in (images, labels.pin_memory())]
-        current = torch.cuda.current_stream(self.device)
+        current = torch.accelerator.current_stream(self.device)
         current.wait_stream(self.stream)
         for copy in copies:
             copy.record_stream(current)

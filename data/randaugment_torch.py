@@ -73,7 +73,7 @@ def _rearrangements(places: np.ndarray) -> np.ndarray:
 def upload(device: torch.device, array: np.ndarray) -> torch.Tensor:
     """A copy on the device, which the host doesn't wait for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
+    if device.type != "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
