@@ -20,7 +20,7 @@ def main(config: Config) -> int:
     if config.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take the GPU
     # Imported here: DeepSpeed takes seconds to import, and a wrong flag should not wait for it.
-    from localopt.watch import DEAD
+    from localopt.faults.watch import DEAD
     from training.loop import train
     from training.run import OWN_ERRORS, LostRankError, assembled
 

@@ -119,8 +119,8 @@ def lapped(
 
 
 def gathered(text: str) -> list[str]:
-    from localopt import control
     from localopt.collective import Collective
+    from localopt.faults import control
 
     return control.gather(Collective(), text)
 

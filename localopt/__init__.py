@@ -14,6 +14,7 @@ from .errors import (
     ReplicaMismatchError,
     SyncError,
 )
+from .faults.watch import Watch
 from .local import LocalAdamW, LocalSGD
 from .meeting import SyncReport
 from .merge import merged
@@ -34,7 +35,6 @@ from .sync import (
     Streaming,
 )
 from .traffic import Sending, Traffic
-from .watch import Watch
 
 __all__ = [
     "BMUF",

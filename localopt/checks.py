@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from . import control
 from .collective import Collective
 from .environment import announced_ranks
 from .errors import LayoutMismatchError, ranks_text
+from .faults import control
 from .flat import bits_of
 from .sync import Rule
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import control
 from . import header as headers_
 from .collective import Collective, Pending
 from .errors import CollectiveError, NonFiniteError, ReplicaMismatchError, SyncError, ranks_text
+from .faults import control
 from .flat import Flat, square_norm, total
 from .header import Header, Kind
 from .round import Round

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import control
 from .around import Around
 from .buffers import BufferPolicy, Buffers
 from .calls import one_at_a_time, with_own_hooks
@@ -30,6 +29,7 @@ from .checks import (
 )  # fmt: skip
 from .collective import Collective
 from .elsewhere import averaged_elsewhere
+from .faults import control
 from .flat import Flat, entries_of
 from .header import Kind
 from .meeting import SyncReport, modes_of

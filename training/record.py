@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.loaders import Pace
-from localopt import LocalOptimizer, control
+from localopt import LocalOptimizer
 from localopt.collective import Collective
+from localopt.faults import control
 
 from . import named
 from .checkpoint import lock, write_text

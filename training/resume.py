@@ -13,8 +13,9 @@ import yaml
 from torch import nn
 from torch.optim import Optimizer
 
-from localopt import LocalOptimizer, control
+from localopt import LocalOptimizer
 from localopt.collective import Collective
+from localopt.faults import control
 from localopt.merge import merged
 
 from . import checkpoint

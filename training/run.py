@@ -21,9 +21,9 @@ from localopt import (
     LocalOptimizer,
     SyncError,
     Watch,
-    control,
 )
 from localopt.collective import Collective
+from localopt.faults import control
 
 from . import checkpoint, checks, engine, models, optimizers, record, resume, saver
 from .config import PER_HOST, Config, ConfigError, absolute

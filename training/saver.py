@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from localopt import LocalOptimizer, control
+from localopt import LocalOptimizer
 from localopt.collective import Collective
+from localopt.faults import control
 
 from . import checkpoint
 from .config import PER_HOST, Config

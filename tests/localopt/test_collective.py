@@ -8,8 +8,9 @@ from datetime import timedelta
 import pytest
 import torch
 
-from localopt import AbsentRankError, control
+from localopt import AbsentRankError
 from localopt.collective import Collective
+from localopt.faults import control
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,8 @@ from localopt import (
     LocalSGD,
     NonFiniteError,
     ReplicaMismatchError,
-    control,
 )
+from localopt.faults import control
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.slow

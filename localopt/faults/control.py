@@ -15,8 +15,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from .collective import Collective, waiting
-from .errors import AbsentRankError, LayoutMismatchError, ranks_text
+from ..collective import Collective, waiting
+from ..errors import AbsentRankError, LayoutMismatchError, ranks_text
 
 TIMEOUT = timedelta(minutes=5)
 _FAREWELL = timedelta(seconds=10)

@@ -9,331 +9,25 @@ the other thread, which never touches the store, hears signals, judges and ends 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import select
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-import torch.distributed as dist
-
-from . import control
-from .collective import Collective, waiting
-from .errors import ranks_text
+from ..collective import Collective, waiting
+from ..errors import ranks_text
+from .beats import BeatExchange, Status, Verdict, process
+from .wakeup import Wakeup
 
 DEAD = 3  # exit status of a rank that ends because of another
 _ADVICE = "resume from the newest checkpoint"
-_EMPTY = "-"  # what a key holds that all ranks read and the first of them writes
 _GONE = ("", "Z", "X")  # states in /proc of a process that does nothing any more
-
-
-def _process(pid: int) -> tuple[str, str]:
-    """A process's state, "" when there is none, and when it started: numbers are used again."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a rank runs.
-
-    Attributes:
-        host: the host's name.
-        system: which boot of which system, and whose process numbers; "" where that is hidden.
-        pid: number of the process.
-        started: when it started.
-    """
-
-    host: str
-    system: str
-    pid: int
-    started: str
-
-    @classmethod
-    def here(cls) -> _Place:
-        system = ""
-        with contextlib.suppress(OSError):
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            system = f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-        return cls(socket.gethostname(), system, os.getpid(), _process(os.getpid())[1])
-
-    def state(self, here: _Place) -> str | None:
-        """The process's state, "" when it has gone; None where it cannot be seen from ``here``."""
-        if not here.system or (self.host, self.system) != (here.host, here.system):
-            return None
-        state, started = _process(self.pid)
-        return state if started == self.started else ""
-
-
-@dataclass(frozen=True)
-class _Status:
-    """What a rank's main thread does.
-
-    Attributes:
-        step: the step it makes or made last.
-        doing: in words.
-        collective: whether that is waiting for other ranks.
-        still: seconds since it last moved.
-        proposal: the step at which it can stop, once a stop has been asked for.
-        left: whether it has ended its watch in order.
-    """
-
-    step: int = 0
-    doing: str = ""
-    collective: bool = False
-    still: float = 0.0
-    proposal: int | None = None
-    left: bool = False
-
-
-@dataclass(frozen=True)
-class _Beat:
-    """One rank's sign of life.
-
-    Attributes:
-        place: where it runs.
-        keeps: whether the store lives in its process.
-        count: beats so far.
-        heard: whether it knows the verdict.
-        parted: whether it knows that the rank which keeps the store has left.
-        status: what it does.
-    """
-
-    place: _Place
-    keeps: bool
-    count: int
-    heard: bool
-    parted: bool
-    status: _Status
-
-    def encode(self) -> str:
-        return json.dumps(vars(self) | {"place": vars(self.place), "status": vars(self.status)})
-
-    @classmethod
-    def decode(cls, text: bytes) -> _Beat:
-        told = json.loads(text)
-        place, status = _Place(**told.pop("place")), _Status(**told.pop("status"))
-        return cls(**told, place=place, status=status)
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    """Why the run is over.
-
-    Attributes:
-        by: the rank that says so.
-        text: for people, in one line.
-        failure: whether rank ``by`` failed by itself and tells its own story.
-    """
-
-    by: int
-    text: str
-    failure: bool = False
-
-
-class _Bell:
-    """Wakes a thread, by `ring` or by a signal, also when the main thread is deep in C++.
-
-    Args:
-        signals: those to take over; in the main thread, unless empty.
-    """
-
-    def __init__(self, signals: Sequence[int]) -> None:
-        self._ear, self._clapper = socket.socketpair()
-        self._clapper.setblocking(False)
-        self._wakeup = -1
-        self._handlers = {number: signal.signal(number, _noted) for number in signals}
-        if signals:
-            descriptor = self._clapper.fileno()
-            self._wakeup = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
-
-    def ring(self) -> None:
-        with contextlib.suppress(OSError):  # full: it rings already; closed: nobody listens
-            os.write(self._clapper.fileno(), b"\0")
-
-    def listen(self, seconds: float) -> list[int]:
-        """Wait for it to ring; return the signals heard."""
-        poll = select.poll()
-        poll.register(self._ear, select.POLLIN)
-        if not poll.poll(1000 * seconds):
-            return []
-        return [number for number in os.read(self._ear.fileno(), 4096) if number in self._handlers]
-
-    def close(self) -> None:
-        if self._handlers:
-            signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._ear.close()
-        self._clapper.close()
-
-
-def _noted(number: int, frame: object) -> None:
-    """A signal's handler: the wake-up descriptor has told the thread that waits for it."""
-
-
-class _Post:
-    """Brings this rank's beats to the store and the other ranks' from there, in a thread.
-
-    Args:
-        collective: the ranks.
-        beat: seconds between beats.
-        dead_after: seconds without a sign after which a rank is not waited for.
-        status: what this rank's main thread does.
-        news: called after each exchange.
-
-    Attributes:
-        beats: the other ranks' last beats.
-        changed: when each of them was seen to change.
-        began: when the last complete exchange began.
-        read: when it ended.
-        absent: ranks that have not begun yet.
-        stop: signal and reason of the stop that was asked for first.
-        verdict: what all ranks go by.
-        settled: whether the verdict may be carried out: who needs this process knows it.
-        gone: ranks whose processes have gone, and when that was seen; filled by the reader.
-        error: why the store can no longer be used.
-    """
-
-    def __init__(
-        self,
-        collective: Collective,
-        beat: float,
-        dead_after: float,
-        status: Callable[[], _Status],
-        news: Callable[[], None],
-    ) -> None:
-        self.rank, self.place = collective.rank, _Place.here()
-        self._store = control._store(collective, "watch")
-        base = self._store
-        while isinstance(base, dist.PrefixStore):
-            base = base.underlying_store
-        self._connects = isinstance(base, dist.TCPStore)
-        self._keeps = self._connects and "TCPServer" in repr(base)
-        self._beat, self._dead_after, self._status, self._news = beat, dead_after, status, news
-        self._others = set(range(collective.world_size)) - {self.rank}
-        self.absent = set(self._others)
-        self.beats: dict[int, _Beat] = {}
-        self.changed: dict[int, float] = {}
-        self.started = self.began = self.read = time.monotonic()
-        self.stop: tuple[int, str] | None = None
-        self.verdict: _Verdict | None = None
-        self.settled = False
-        self.gone: dict[int, float] = {}
-        self.error: Exception | None = None
-        self._said: _Beat | None = None
-        self._request = self._accusation = ""
-        self._since = math.inf  # when the verdict came, or this rank left
-        self._wake = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="localopt-post", daemon=True)
-
-    @property
-    def keeper(self) -> int | None:
-        """The rank whose process keeps the store, as far as known."""
-        return next((rank for rank, beat in self.beats.items() if beat.keeps), None)
-
-    @property
-    def parted(self) -> bool:
-        """Whether the rank that keeps the store has left in order."""
-        return any(beat.keeps and beat.status.left for beat in self.beats.values())
-
-    def hurry(self) -> None:
-        """Exchange now."""
-        self._wake.set()
-
-    def ask_stop(self, number: int, reason: str) -> None:
-        """Tell all ranks to agree on a stop."""
-        self._request = json.dumps([number, reason])
-        self.hurry()
-
-    def accuse(self, verdict: _Verdict) -> None:
-        """Propose a verdict; the first that reaches the store stands."""
-        self._accusation = json.dumps(vars(verdict))
-        self.hurry()
-
-    def _run(self) -> None:
-        store = None
-        try:
-            # A FileStore counts its objects, and removes the file when as many as ranks have gone.
-            store = self._store.clone() if self._connects else self._store
-            store.set_timeout(timedelta(seconds=self._dead_after))
-            store.compare_set("stop", "", _EMPTY)
-            store.compare_set("verdict", "", _EMPTY)
-            self._exchange(store)
-            self._news()
-            while not self._over():
-                urgent = self.absent or self.stop or self.verdict or self._said.status.left
-                self._wake.wait(self._beat / 10 if urgent else self._beat)
-                self._wake.clear()
-                self._exchange(store)
-                self._news()
-            self.settled = self.verdict is not None
-        except Exception as error:  # whatever a store raises, the other thread tells
-            if self.verdict is None:
-                self.error = error
-            else:  # the keeper had read that this rank knows it, and has gone
-                self.settled = True
-        finally:
-            del store  # closes its connection
-            self._news()
-
-    def _exchange(self, store: dist.Store) -> None:
-        """Write this rank's beat, read the others'."""
-        began = time.monotonic()
-        if self._request:
-            store.compare_set("stop", _EMPTY, self._request)
-            self._request = ""
-        if self._accusation:
-            store.compare_set("verdict", _EMPTY, self._accusation)
-            self._accusation = ""
-        count = self._said.count + 1 if self._said else 0
-        heard, status = self.verdict is not None, self._status()
-        self._said = _Beat(self.place, self._keeps, count, heard, self.parted, status)
-        store.set(f"beat/{self.rank}", self._said.encode())
-        self.absent = {rank for rank in self.absent if not store.check([f"beat/{rank}"])}
-        ranks = sorted(self._others - self.absent)
-        stop, verdict, *beats = store.multi_get(
-            ["stop", "verdict", *(f"beat/{rank}" for rank in ranks)]
-        )
-        now = time.monotonic()
-        for rank, text in zip(ranks, beats, strict=True):
-            told = _Beat.decode(text)
-            if rank not in self.beats or told.count != self.beats[rank].count:
-                self.changed[rank] = now
-            self.beats = self.beats | {rank: told}
-        if stop.decode() != _EMPTY:
-            self.stop = tuple(json.loads(stop))
-        if verdict.decode() != _EMPTY:
-            self.verdict = self.verdict or _Verdict(**json.loads(verdict))
-        if self.verdict or status.left:
-            self._since = min(self._since, now)
-        self.began, self.read = began, now
-
-    def _over(self) -> bool:
-        """Whether this rank has said and heard all, and nobody needs the store it keeps."""
-        said, now = self._said, time.monotonic()
-        if said is None or not (said.heard or said.status.left):
-            return False
-        if not self._keeps:
-            return True
-        return now > self._since + self._dead_after or all(
-            beat.status.left or (beat.heard if said.heard else beat.parted)
-            for rank, beat in self.beats.items()
-            if rank not in self.gone and now - self.changed[rank] < self._dead_after
-        )
 
 
 class Watch:
@@ -396,7 +90,7 @@ class Watch:
         self._rank, self._host = collective.rank, socket.gethostname()
         self._beat, self._dead_after, self._stall_after = beat, dead_after, stall_after
         self._on_death, self._advice, self._signals = on_death or self._end, advice, signals
-        self._parents = {pid: _process(pid)[1] for pid in watch_parent}
+        self._parents = {pid: process(pid)[1] for pid in watch_parent}
         self._interrupts = 0
         self.signal: int | None = None
         self.reason = ""
@@ -416,16 +110,16 @@ class Watch:
         self._moved_at = self._awake = self._excused = time.monotonic()
         self._paused = 0.0
 
-        self._post: _Post | None = None
+        self._post: BeatExchange | None = None
         if collective.world_size > 1:
-            self._post = _Post(collective, beat, dead_after, self._status, self._news)
-        self._bell: _Bell | None = None
+            self._post = BeatExchange(collective, beat, dead_after, self._status, self._news)
+        self._wakeup: Wakeup | None = None
         self._guard = threading.Thread(target=self._keep, name="localopt-watch", daemon=True)
 
     # What the main thread calls.
 
     def __enter__(self) -> Self:
-        self._bell = _Bell(self._signals)
+        self._wakeup = Wakeup(self._signals)
         self._moved_at = self._awake = self._excused = time.monotonic()
         self._guard.start()
         if self._post:
@@ -451,7 +145,7 @@ class Watch:
         The rank whose process keeps the store waits until the others know, at most a beat.
         """
         with self._changed:
-            if self._left or self._bell is None:
+            if self._left or self._wakeup is None:
                 return
             self._left = True
             self._changed.notify_all()
@@ -459,9 +153,9 @@ class Watch:
             self._post.hurry()
             self._post.thread.join(self._dead_after + self._beat)  # longer: the store is lost
         self._closed = True
-        self._bell.ring()
+        self._wakeup.wake()
         self._guard.join()
-        self._bell.close()
+        self._wakeup.close()
 
     def begin(self, step: int) -> bool:
         """Whether this rank may make one more step; False where all ranks stop.
@@ -506,7 +200,7 @@ class Watch:
         with self._changed:
             self.failed = True
             self._changed.notify_all()
-            self._post.accuse(_Verdict(self._rank, text, failure=True))
+            self._post.accuse(Verdict(self._rank, text, failure=True))
             self._changed.wait_for(lambda: self._post.settled or self._post.error, 2.0)
 
     def explain(self, seconds: float | None = None) -> str | None:
@@ -558,13 +252,13 @@ class Watch:
         self._limit = self._stop = max(proposals)
         self._changed.notify_all()
 
-    def _status(self) -> _Status:
+    def _status(self) -> Status:
         """What the main thread does: the post's thread tells the others."""
         with self._lock:
             still = time.monotonic() - self._moved_at
             inside, proposal = waiting.depth > 0, self._proposal
             doing = "in a collective" if inside else self._phase
-            return _Status(self._running, doing, inside, still, proposal, self._left)
+            return Status(self._running, doing, inside, still, proposal, self._left)
 
     def _news(self) -> None:
         """In the post's thread, after each exchange."""
@@ -574,13 +268,13 @@ class Watch:
             self._decide()
             self._changed.notify_all()
         if self._post.verdict or self._post.error:
-            self._bell.ring()
+            self._wakeup.wake()
 
     # The thread that judges.
 
     def _keep(self) -> None:
         while not self._closed:
-            self._heed(self._bell.listen(self._beat))
+            self._heed(self._wakeup.wait(self._beat))
             now = time.monotonic()
             if now - self._awake > self._beat + self._dead_after / 2:
                 # This process was stopped, or starved: what it has not heard proves nothing.
@@ -597,7 +291,7 @@ class Watch:
             os._exit(128 + signal.SIGINT)
         reasons = [(n, f"{signal.Signals(n).name} on {self._name()}") for n in numbers]
         for pid, started in self._parents.items():
-            state, now_started = _process(pid)
+            state, now_started = process(pid)
             if state in _GONE or now_started != started:
                 told = f"the launcher of {self._name()} (process {pid}) has ended"
                 reasons.append((signal.SIGTERM, told))
@@ -616,7 +310,7 @@ class Watch:
             with self._lock:
                 self._moved, self._moved_at = moved, now
 
-    def _judge(self, now: float) -> _Verdict | None:
+    def _judge(self, now: float) -> Verdict | None:
         """The verdict to carry out now."""
         post = self._post
         if post.settled:
@@ -631,11 +325,11 @@ class Watch:
             post.accuse(self._by_me(text))
         return None
 
-    def _by_me(self, text: str) -> _Verdict:
+    def _by_me(self, text: str) -> Verdict:
         note = ""
         if self._paused:
             note = f" ({self._name()} was itself held up for {self._paused:.0f} s before)"
-        return _Verdict(self._rank, f"{text}{note}; {self._advice}")
+        return Verdict(self._rank, f"{text}{note}; {self._advice}")
 
     def _accusation(self, now: float) -> str:
         """Who is lost, as seen from here; "" while nobody is."""
@@ -723,7 +417,7 @@ class Watch:
 
     # The end.
 
-    def _carry_out(self, verdict: _Verdict) -> None:
+    def _carry_out(self, verdict: Verdict) -> None:
         """End this process, unless its main thread is about to do so itself."""
         with self._changed:
             self.verdict, self.first = verdict.text, verdict.by == self._rank
@@ -739,17 +433,17 @@ class Watch:
         """Wait for the main thread, with an ear for the second SIGINT."""
         end = time.monotonic() + seconds
         while not condition() and (rest := end - time.monotonic()) > 0:
-            self._heed(self._bell.listen(min(rest, self._beat)))
+            self._heed(self._wakeup.wait(min(rest, self._beat)))
 
     def _end(self, message: str) -> NoReturn:
         """Print and exit. Nothing here can wait for the main thread, or for a full pipe."""
-        flush = threading.Thread(target=_tell, args=(message if self.first else "",), daemon=True)
+        flush = threading.Thread(target=_print, args=(message if self.first else "",), daemon=True)
         flush.start()
         flush.join(1.0)
         os._exit(DEAD)
 
 
-def _tell(message: str) -> None:
+def _print(message: str) -> None:
     """Write the line, then what the program has printed so far."""
     if message:
         os.write(2, f"{message}\n".encode())

@@ -1,0 +1,1 @@
+"""What goes wrong between ranks: layouts that differ, ranks that die, hang, stop or must stop."""
