@@ -95,15 +95,15 @@ def check_order(
     if collective.world_size == 1 or any("param_names" in g for g in inner.param_groups):
         return
     values = json.dumps([bits_of(p.detach()) for _, p in named])
-    told = [json.loads(text) for text in control.gather(collective, values)]
+    of_ranks = [json.loads(text) for text in control.gather(collective, values)]
     odd = [
         rank
-        for rank, theirs in enumerate(told)
-        if theirs != told[0] and sorted(theirs) == sorted(told[0])
+        for rank, theirs in enumerate(of_ranks)
+        if theirs != of_ranks[0] and sorted(theirs) == sorted(of_ranks[0])
     ]
     if odd:
         raise LayoutMismatchError(
             f"{ranks_text(odd)} of {collective.world_size} gave the parameters in another order "
-            "than rank 0: their initial values are the same, at other places. Give model=, or the "
+            "than rank 0: their initial values are the same, in another order. Give model=, or the "
             "parameters in one order"
         )

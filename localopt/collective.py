@@ -1,7 +1,7 @@
 """Every collective there is, with the bytes it sends.
 
 A sum over tensors, waited for or left to run behind training, and a broadcast: the rest of the
-library is built on these, so that what travels can be counted in one place. They are always called
+library is built on these, so that what travels can be counted here. They are always called
 from the thread that trains, in the same order on all ranks. With one rank, or where
 torch.distributed is not initialised, they do nothing.
 """
@@ -125,9 +125,9 @@ class Collective:
         """
         if self.world_size == 1:
             return self
-        places = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        members = dist.get_process_group_ranks(self.group or dist.group.WORLD)
         group = dist.new_group(
-            [places[rank] for rank in ranks],
+            [members[rank] for rank in ranks],
             timeout=self._timeout(),
             backend=dist.get_backend(self.group),
             use_local_synchronization=len(ranks) < dist.get_world_size(),
@@ -162,9 +162,9 @@ class Collective:
             raise ValueError(
                 f"group_size is {size}: it does not divide the {self.world_size} replicas"
             )
-        first, place = self.rank // size * size, self.rank % size
+        first, member = self.rank // size * size, self.rank % size
         inside = self.shared("inside", range(first, first + size))
-        return inside, self.shared("peers", range(place, self.world_size, size))
+        return inside, self.shared("peers", range(member, self.world_size, size))
 
     def _timeout(self) -> timedelta | None:
         """The group's own time-out, which torch gives to no new group; None where it is hidden."""
@@ -317,7 +317,7 @@ class Across:
 
     Args:
         inside: this rank's group.
-        peers: those that have this rank's place in the other groups.
+        peers: those of this rank's number in the other groups.
         ranks: all ranks.
     """
 

@@ -193,7 +193,7 @@ class CommOptimizer(LocalOptimizer):
         """What makes the replicas meet."""
         return self.sync
 
-    # What `step` does beside the local step, for loops that call local_optimizer.step() themselves.
+    # What `step` does besides the local step, for loops that call local_optimizer.step().
 
     def local_pulling_step(self) -> None:
         """After every local step: x ← x - (p/H)(x - z). No collective."""

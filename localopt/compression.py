@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .collective import Collective, Pending
 
-PIECE = 2**20  # elements that are looked at at once: what is beside them in memory stays small
+PIECE = 2**20  # elements that are looked at at once: what that takes in memory stays small
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Codec(ABC):
         """The numbers (n,) that ``wire`` stands for: the same bits on every rank."""
 
     def send_(self, x: Tensor, wire: Tensor) -> None:
-        """Write ``x`` to ``wire``, and leave in ``x`` what the bytes do not tell of it."""
+        """Write ``x`` to ``wire``, and leave in ``x`` what the bytes lose of it."""
         for piece, part in self._pieces(x, wire):
             whole = self._whole(piece)
             self.encode(whole, part)
             piece.sub_(self.decode(part, x.dtype)[: len(piece)])
 
     def receive_(self, x: Tensor, wire: Tensor, *, add: bool = False) -> None:
-        """Replace ``x`` by what ``wire`` tells, or ``add`` that to it."""
+        """Replace ``x`` by what ``wire`` holds, or ``add`` that to it."""
         for piece, part in self._pieces(x, wire):
-            told = self.decode(part, x.dtype)[: len(piece)]
-            piece.add_(told) if add else piece.copy_(told)
+            decoded = self.decode(part, x.dtype)[: len(piece)]
+            piece.add_(decoded) if add else piece.copy_(decoded)
 
     def _pieces(self, x: Tensor, wire: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         start = 0

@@ -10,6 +10,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+def warning_of(params: Iterable[nn.Parameter], losses: Sequence[float], h: int, step: int) -> str:
+    """What to warn of where replicas are equal after ``h`` local steps; "" if of nothing.
+
+    Args:
+        params, losses: as for `averaged_elsewhere`.
+        h, step: local steps of the round, and since the start.
+    """
+    who = averaged_elsewhere(params, losses)
+    if who is None:
+        return ""
+    return (
+        f"all replicas were equal, bit for bit, after {h} local steps (step {step}): {who} "
+        "averages gradients at every step, so that local steps save nothing. Do not wrap the model "
+        "in DistributedDataParallel, also not by accelerator.prepare(model) or a Trainer's ddp "
+        "strategy; or train within its no_sync()"
+    )
+
+
 def averaged_elsewhere(params: Iterable[nn.Parameter], losses: Sequence[float]) -> str | None:
     """Who averages the gradients, for people; None if nobody is known to do so.
 
@@ -33,7 +51,7 @@ def averaged_elsewhere(params: Iterable[nn.Parameter], losses: Sequence[float]) 
 
 def _wrapped(owned: set[int]) -> bool:
     """Whether a DistributedDataParallel has one of the parameters: it may wrap the model later
-    than the optimizer is built, or where nobody told the optimizer its model."""
+    than the optimizer is built, or where the optimizer was not given its model."""
     for thing in gc.get_objects():
         if issubclass(type(thing), DistributedDataParallel) and any(
             id(p) in owned for p in thing.parameters()

@@ -1,4 +1,4 @@
-"""What the launcher has told this process: the only file that reads the environment."""
+"""What the launcher says in the environment: the only file that reads it."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import os
 
 def announced_ranks() -> int:
     """How many processes the launcher has started (WORLD_SIZE); 1 if it says nothing."""
-    told = os.environ.get("WORLD_SIZE", "")
-    return int(told) if told.isascii() and told.isdigit() else 1
+    announced = os.environ.get("WORLD_SIZE", "")
+    return int(announced) if announced.isascii() and announced.isdigit() else 1

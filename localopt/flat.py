@@ -1,6 +1,6 @@
 """Parameters as views of flat buffers: a synchronisation is one collective in place, no copy.
 
-A buffer holds, in this order, the parameters, what is averaged beside them, and what is taken from
+A buffer holds, in this order, the parameters, what is averaged with them, and what is taken from
 rank 0. There is one buffer per device and dtype; each tensor starts at a multiple of 64 bytes, with
 the strides that the parameter had. To everybody else a tensor looks like one with a storage of its
 own, of its own size: whatever saves or copies storages takes this tensor and no other. Such a
@@ -24,7 +24,7 @@ ALIGNMENT = 64  # bytes: a cache line, and what vectorised kernels like best
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor's place in the layout: name, shape, strides (in elements), type and device."""
+    """A tensor of the layout: name, shape, strides (in elements), type and device."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,16 +59,16 @@ class FlatBuffer:
     Attributes:
         data: all of it, (n,); what a collective sums.
         params: the parameters alone, alignment gaps (zeros) included.
-        averaged: what a mean divides: parameters, and what is averaged beside them.
-        beside: what travels beside the parameters, the rest of the memory.
-        beside_averaged: of that, what is averaged.
+        averaged: what a mean divides: parameters, and what is averaged with them.
+        extra: what travels with the parameters, the rest of the memory.
+        extra_averaged: of that, what is averaged.
     """
 
     data: Tensor
     params: Tensor
     averaged: Tensor
-    beside: Tensor
-    beside_averaged: Tensor
+    extra: Tensor
+    extra_averaged: Tensor
 
 
 class Memory:
@@ -76,33 +76,33 @@ class Memory:
 
     Args:
         own: the parameters' entries.
-        beside: what else a synchronisation carries (buffers, optimizer state).
+        extra: what else a synchronisation carries (buffers, optimizer state).
         world_size: every buffer can be cut in so many equal shards.
     """
 
-    def __init__(self, own: Sequence[Entry], beside: Sequence[Entry], world_size: int) -> None:
-        self._layout = (own, beside, world_size)
+    def __init__(self, own: Sequence[Entry], extra: Sequence[Entry], world_size: int) -> None:
+        self._layout = (own, extra, world_size)
         self.world_size = world_size
-        self.entries = [*own, *beside]
+        self.entries = [*own, *extra]
         self.buffers: list[FlatBuffer] = []
         self.views: dict[str, Tensor] = {}
         self._starts: list[dict[str, int]] = []
         kinds = dict.fromkeys((e.device, e.dtype) for e in self.entries)
         for device, dtype in kinds:
             mine = [e for e in own if (e.device, e.dtype) == (device, dtype)]
-            rest = [e for e in beside if (e.device, e.dtype) == (device, dtype)]
+            rest = [e for e in extra if (e.device, e.dtype) == (device, dtype)]
             self._allocate(mine, rest, device, dtype)
 
     def _allocate(
         self,
         params: list[Entry],
-        beside: list[Entry],
+        extra: list[Entry],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         step = ALIGNMENT // dtype.itemsize
-        averaged = [e for e in beside if not e.from_rank0]
-        from_rank0 = [e for e in beside if e.from_rank0]
+        averaged = [e for e in extra if not e.from_rank0]
+        from_rank0 = [e for e in extra if e.from_rank0]
         tensors = (*params, *averaged, *from_rank0)
         starts = [0, *itertools.accumulate(-(-e.numel // step) * step for e in tensors)]
         shards = step * self._layout[2]
@@ -112,8 +112,8 @@ class Memory:
             data=data,
             params=data[:last],
             averaged=data[:end_averaged],
-            beside=data[last : starts[-1]],
-            beside_averaged=data[last:end_averaged],
+            extra=data[last : starts[-1]],
+            extra_averaged=data[last:end_averaged],
         )
         for entry, start in zip(tensors, starts, strict=False):
             own = _own_storage(data[start : start + entry.numel])
@@ -158,7 +158,7 @@ class Flat(Memory):
 
     Args:
         named: named parameters; their memory moves into the buffers.
-        beside, world_size: as for `Memory`.
+        extra, world_size: as for `Memory`.
 
     Raises:
         ValueError: if a parameter is not dense, not floating-point, not materialised, sharded,
@@ -168,22 +168,22 @@ class Flat(Memory):
     def __init__(
         self,
         named: Sequence[tuple[str, nn.Parameter]],
-        beside: Sequence[Entry] = (),
+        extra: Sequence[Entry] = (),
         world_size: int = 1,
     ) -> None:
         self.named = list(named)
-        super().__init__(entries_of(named, beside), beside, world_size)
+        super().__init__(entries_of(named, extra), extra, world_size)
         with torch.no_grad():
             for name, p in named:
                 self.views[name].copy_(p)
                 p.data = self.views[name]
         # One id per parameter: comparing them at a boundary costs 0.1 µs each.
         self._pointers = [view.data_ptr() for view in (self.views[name] for name, _ in named)]
-        self._beside = {entry.name: self.views[entry.name].data_ptr() for entry in beside}
+        self._extra = {entry.name: self.views[entry.name].data_ptr() for entry in extra}
         self._sampled = [
-            torch.tensor(places, device=buffer.data.device)
+            torch.tensor(indices, device=buffer.data.device)
             for buffer, spans in zip(self.buffers, self.spans(), strict=True)
-            for places in (_sampled(spans),)
+            for indices in (_sampled(spans),)
         ]
 
     def take_back(self) -> None:
@@ -200,7 +200,7 @@ class Flat(Memory):
                     ".half(), share_memory(), load_state_dict(assign=True) or an assignment to "
                     ".data moved it. Do that before building the optimizer"
                 )
-        for name, pointer in self._beside.items():
+        for name, pointer in self._extra.items():
             if self.views[name].data_ptr() != pointer:
                 raise RuntimeError(
                     f"{name} no longer lives in the optimizer's flat buffer: share_memory_() moved "
@@ -229,7 +229,7 @@ class Vector:
     """What a rule keeps for each element of the parameters (an anchor, a momentum).
 
     Args:
-        entries, starts: the parameters' places.
+        entries, starts: where the parameters are.
         like: the parameters' part of the flat buffers.
         wide: whether parameters of 16 bits have theirs in float32, so that small updates to it are
             not lost.
@@ -250,12 +250,12 @@ class Vector:
         self.wide = wide
         types = [torch.promote_types(x.dtype, torch.float32) if wide else x.dtype for x in like]
         self.data = [torch.zeros_like(x, dtype=t) for x, t in zip(like, types, strict=True)]
-        places = {name: (data, at[name]) for data, at in zip(self.data, starts, strict=True)
+        homes = {name: (data, at[name]) for data, at in zip(self.data, starts, strict=True)
                   for name in at}  # fmt: skip
         self.views = {
             e.name: data.as_strided(e.shape, e.stride, start)
             for e in entries
-            for data, start in (places[e.name],)
+            for data, start in (homes[e.name],)
         }
 
     def copy_(self, source: Sequence[Tensor]) -> None:
@@ -291,85 +291,6 @@ class Vector:
             self.views[name].copy_(saved)
 
 
-class Fragments:
-    """The parameters cut into K fragments of equal size, and memory for the mean of one of them.
-
-    Fragment k of a buffer with n elements has those from ⌊k n / K⌋ to ⌊(k + 1) n / K⌋, in the order
-    of the parameters; a parameter may lie in several. Parameters that come later are in the last.
-
-    Args:
-        flat: the parameters.
-        number: K.
-        before: the fragments of the layout before this one.
-
-    Attributes:
-        number: K.
-        memory: as large as the largest fragment.
-    """
-
-    def __init__(self, flat: Flat, number: int, before: Fragments | None = None) -> None:
-        self.number = number
-        self._spans = flat.spans()
-        kinds = [(x.device, x.dtype) for x in flat.params]
-        self._counts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for kind, spans in zip(kinds, self._spans, strict=True):
-            n = sum(last - first for _, first, last in spans)
-            first_ones = [k * n // number for k in range(number)]
-            if before is not None:
-                first_ones = before._counts.get(kind, [0] * (number + 1))[:-1]
-            self._counts[kind] = [*first_ones, n]
-        self._cuts = [
-            [_place(count, spans) for count in self._counts[kind]]
-            for kind, spans in zip(kinds, self._spans, strict=True)
-        ]
-        sizes = [max(b - a for a, b in itertools.pairwise(cuts)) for cuts in self._cuts]
-        entries = [
-            Entry(f"buffer {i}", (size,), (1,), dtype, device)
-            for i, (size, (device, dtype)) in enumerate(zip(sizes, kinds, strict=True))
-        ]
-        self.memory = Memory(entries, [], flat.world_size)
-
-    def of(self, tensors: Sequence[Tensor], k: int) -> list[Tensor]:
-        """Fragment k of each buffer's (n,)."""
-        return [x[cuts[k] : cuts[k + 1]] for x, cuts in zip(tensors, self._cuts, strict=True)]
-
-    def pieces(self, tensors: Sequence[Tensor], k: int) -> dict[str, Tensor]:
-        """Fragment k of each buffer's (n,), by the parameters it is made of: (n,) each."""
-        return self._pieces(tensors, k, [0] * len(self._cuts))
-
-    def pieces_of_mean(self, k: int) -> dict[str, Tensor]:
-        """The same of what `memory` holds."""
-        return self._pieces(self.memory.params, k, [cuts[k] for cuts in self._cuts])
-
-    def _pieces(
-        self, tensors: Sequence[Tensor], k: int, starts: Sequence[int]
-    ) -> dict[str, Tensor]:
-        pieces = {}
-        for x, cuts, spans, start in zip(tensors, self._cuts, self._spans, starts, strict=True):
-            for name, first, last in spans:
-                a, b = max(first, cuts[k]), min(last, cuts[k + 1])
-                if a < b:
-                    pieces[f"{name}[{a - first}:]"] = x[a - start : b - start]
-        return pieces
-
-    def mean(self, k: int) -> list[Tensor]:
-        """What `memory` holds of fragment k."""
-        return [
-            x[: cuts[k + 1] - cuts[k]]
-            for x, cuts in zip(self.memory.params, self._cuts, strict=True)
-        ]
-
-    def non_finite(self, k: int) -> list[str]:
-        """Names of the parameters of which `memory` holds NaN or infinity as fragment k."""
-        names = []
-        for mean, cuts, spans in zip(self.mean(k), self._cuts, self._spans, strict=True):
-            for name, first, last in spans:
-                part = mean[max(first - cuts[k], 0) : max(last - cuts[k], 0)]
-                if not bool(torch.isfinite(part).all()):
-                    names.append(name)
-        return names
-
-
 def _own_storage(part: Tensor) -> Tensor:
     """``part`` (n,), the same memory as a storage of its own, which keeps the whole alive."""
     if part.device.type not in ("cpu", "cuda"):
@@ -383,14 +304,14 @@ def bits_of(x: Tensor) -> int:
 
 
 def _sums_of_bits(x: Tensor) -> Tensor:
-    """Sums of the bits of x (n,), of each place in a line of 64 bytes over a few lines: what is
+    """Sums of the bits of x (n,), of each column of lines of 64 bytes over a few lines: what is
     changed, negated or moved elsewhere changes some of them. Up to 512 lines as they are."""
     bits = x.view(torch.int16 if x.itemsize == 2 else torch.int32)  # whose sums do not overflow
-    places = ALIGNMENT // bits.itemsize
-    lines = len(bits) // places
+    columns = ALIGNMENT // bits.itemsize
+    lines = len(bits) // columns
     few = max(1, lines // 256)
-    end = lines // few * few * places
-    sums = bits[:end].view(-1, few, places).sum(1, dtype=torch.int64)
+    end = lines // few * few * columns
+    sums = bits[:end].view(-1, few, columns).sum(1, dtype=torch.int64)
     return torch.cat([sums.view(-1), bits[end:].long()])
 
 
@@ -404,7 +325,7 @@ def _fingerprint(tensors: Sequence[Tensor]) -> int:
 
 
 def _sampled(spans: Sequence[tuple[str, int, int]]) -> list[int]:
-    """Up to 64 places of each parameter, evenly spread."""
+    """Up to 64 indices of each parameter, evenly spread."""
     return [
         first + i * (last - first) // count
         for _, first, last in spans
@@ -413,24 +334,15 @@ def _sampled(spans: Sequence[tuple[str, int, int]]) -> list[int]:
     ]
 
 
-def _place(count: int, spans: Sequence[tuple[str, int, int]]) -> int:
-    """Where the element lies that ``count`` others come before, gaps not counted."""
-    for _, first, last in spans:
-        if count < last - first:
-            return first + count
-        count -= last - first
-    return spans[-1][2] if spans else 0
-
-
-def entries_of(named: Sequence[tuple[str, nn.Parameter]], beside: Sequence[Entry]) -> list[Entry]:
-    """The entries of parameters that can live in flat buffers, with what is ``beside`` them.
+def entries_of(named: Sequence[tuple[str, nn.Parameter]], extra: Sequence[Entry]) -> list[Entry]:
+    """The entries of parameters that can live in flat buffers, next to what is ``extra``.
 
     Raises:
         ValueError: as `Flat` does.
     """
     _refuse_odd_parameters(named)
     own = [Entry.like(name, p) for name, p in named]
-    _refuse_equal_names([*own, *beside])
+    _refuse_equal_names([*own, *extra])
     return own
 
 

@@ -1,4 +1,4 @@
-"""What ranks tell each other before they synchronise: one slot of bytes for each of them.
+"""What ranks exchange before they synchronise: one slot of bytes for each of them.
 
 Every rank writes its own slot and zeros elsewhere, and gets those of the others: by a message from
 each, or by a sum over the ranks, which leaves each slot as its rank wrote it. The exchange has one
@@ -79,10 +79,10 @@ def write(slots: Tensor, rank: int, header: Header, total: Tensor | None = None)
     """Write ``header`` into row ``rank`` of ``slots`` (world_size, SLOT) of bytes, zeros elsewhere.
 
     ``total`` is a 0-dim float64 tensor that stays on the device (no host synchronisation), and
-    takes the place of the header's ``total`` and ``finite``.
+    replaces the header's ``total`` and ``finite``.
     """
-    *told, finite = dataclasses.astuple(header)
-    packed = _FIELDS.pack(*told)
+    *fields, finite = dataclasses.astuple(header)
+    packed = _FIELDS.pack(*fields)
     row = bytearray(packed + _CHECK.pack(zlib.crc32(packed[:-8])) + bytes([finite]))
     slots.zero_()
     slots[rank] = torch.frombuffer(row, dtype=torch.uint8).to(slots.device)
@@ -106,8 +106,8 @@ def read(slots: Tensor, ranks: Iterable[int] | None = None) -> dict[int, Header]
         if _CHECK.unpack(check)[0] != zlib.crc32(packed[:-8]):
             odd.append(rank)
             continue
-        kind, *told = _FIELDS.unpack(packed)
-        headers[rank] = Header(Kind(kind), *told, finite=bool(row[-1]))
+        kind, *fields = _FIELDS.unpack(packed)
+        headers[rank] = Header(Kind(kind), *fields, finite=bool(row[-1]))
     if odd:
         raise ReplicaMismatchError(
             f"what {ranks_text(odd)} brought is not localopt's: another collective, of the "
@@ -125,24 +125,24 @@ def check_in_step(headers: Mapping[int, Header], name: Callable[[int], str]) -> 
         name: of the optimizer with a number, for people.
     """
     if odd := _parted(headers, lambda header: header.identity):
-        told = "; ".join(
+        found = "; ".join(
             f"{ranks_text(ranks)} with {name(headers[ranks[0]].identity)}"
             f" ({headers[ranks[0]].kind.name.lower()})"
             for ranks in odd
         )
         raise ReplicaMismatchError(
-            f"different optimizers have met: {told}. All ranks must call their optimizers in the "
+            f"different optimizers have met: {found}. All ranks must call their optimizers in the "
             "same order; nothing was changed"
         )
     if odd := _parted(headers, lambda header: (header.kind, header.step, header.h)):
-        told = "; ".join(
+        found = "; ".join(
             f"{ranks_text(ranks)} at step {header.step} with H {header.h} "
             f"({header.kind.name.lower()})"
             for ranks in odd
             for header in (headers[ranks[0]],)
         )
         raise ReplicaMismatchError(
-            f"replicas are out of step: {told}. All ranks must make the same calls: same number "
+            f"replicas are out of step: {found}. All ranks must make the same calls: same number "
             "of batches, same period, same learning rate"
         )
     step = next(iter(headers.values())).step

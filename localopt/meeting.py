@@ -1,4 +1,4 @@
-"""How replicas meet: who are you, are we in step, is it finite; and what they have told each other.
+"""How replicas meet: who are you, are we in step, is it finite; and what they report.
 
 Before anything is sent or changed, all ranks exchange headers of one fixed size (`header`). An
 exchange is waited for, or it goes before a mean that travels behind training and is read when that
@@ -31,7 +31,7 @@ from .traffic import Count, Meter
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What the replicas told each other at a synchronisation; equal on all ranks that took part.
+    """What the replicas reported at a synchronisation; equal on all ranks that took part.
 
     Attributes:
         step: local steps finished when it was begun.

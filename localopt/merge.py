@@ -34,7 +34,7 @@ def merged(states: Iterable[tuple[State, State]]) -> tuple[dict[str, Any], dict[
 
     Args:
         states: ``(model.state_dict(), optimizer.state_dict())`` of each rank, from rank 0 on. One
-            is held at a time, beside the first and, where they differ, the sums.
+            is held at a time, next to the first and, where they differ, the sums.
 
     Returns:
         Both states; load the model's first. Tensors may share memory with rank 0's.
@@ -46,9 +46,9 @@ def merged(states: Iterable[tuple[State, State]]) -> tuple[dict[str, Any], dict[
     total: dict[str, Any] | None = None
     first: State | None = None
     for rank, (model, optimizer) in enumerate(states):
-        place = own_state(optimizer)
-        first = place if total is None else first
-        _check_place(place, first, rank)
+        own = own_state(optimizer)
+        first = own if total is None else first
+        _check_own(own, first, rank)
         both = {"model": model, "optimizer": optimizer}
         if total is None:
             total = _opened(both)
@@ -67,22 +67,22 @@ def merged(states: Iterable[tuple[State, State]]) -> tuple[dict[str, Any], dict[
     return model, optimizer
 
 
-def _check_place(place: State | None, first: State | None, rank: int) -> None:
-    if place is None or first is None:
-        if place is not first:
+def _check_own(own: State | None, first: State | None, rank: int) -> None:
+    if own is None or first is None:
+        if own is not first:
             raise ValueError(f"one of the states of ranks 0 and {rank} is no LocalOptimizer's")
         return
-    if place["version"] not in READABLE or "anchors" not in place["sync"]:
+    if own["version"] not in READABLE or "anchors" not in own["sync"]:
         raise ValueError(
             f"rank {rank}: the state is of another version: go on once with as many replicas as "
             "saved it, and save again"
         )
-    if place["rank"] != rank:
-        raise ValueError(f"the state given for rank {rank} is that of rank {place['rank']}")
+    if own["rank"] != rank:
+        raise ValueError(f"the state given for rank {rank} is that of rank {own['rank']}")
     for key in ("rule", "world_size"):
-        if place[key] != first[key]:
-            raise ValueError(f"rank {rank}: {key} is {place[key]!r}, on rank 0 {first[key]!r}")
-    steps = [state["replica"]["step"] for state in (first, place)]
+        if own[key] != first[key]:
+            raise ValueError(f"rank {rank}: {key} is {own[key]!r}, on rank 0 {first[key]!r}")
+    steps = [state["replica"]["step"] for state in (first, own)]
     if steps[0] != steps[1]:
         raise ValueError(f"rank {rank} is at step {steps[1]}, rank 0 at {steps[0]}")
 
@@ -159,14 +159,14 @@ def _closed(value: Any) -> Any:
 # A new round.
 
 
-def _restart(model: dict[str, Any], place: dict[str, Any]) -> None:
+def _restart(model: dict[str, Any], own: dict[str, Any]) -> None:
     """Put the consensus into ``model``, and the rule and the replica at a round's start."""
-    sync, replica = place["sync"], place["replica"]
+    sync, replica = own["sync"], own["replica"]
     anchors = {name: sync["vectors"][name] for name in sync["anchors"]}
     unknown = {name for anchor in anchors.values() for name in anchor} - model.keys()
     if unknown:
         raise ValueError(
-            f"the model has no {min(unknown)}, of which {place['rule']} keeps an anchor: build the "
+            f"the model has no {min(unknown)}, of which {own['rule']} keeps an anchor: build the "
             "optimizer with model= or with named parameters"
         )
     if sync["centre"] is not None:
@@ -177,7 +177,7 @@ def _restart(model: dict[str, Any], place: dict[str, Any]) -> None:
             if not torch.equal(z.to(model[name].dtype), model[name]):
                 anchor[name] = model[name].to(z.dtype)
     sync["replicas_agree"] = True
-    place["rank"] = None  # anybody's
+    own["rank"] = None  # anybody's
     replica |= {"open": False, "remaining": 0, "start": 0}
     replica |= {"_rates": 0, "_losses": 0, "rate_sum": 0.0, "loss_sum": 0.0}
     replica |= {"report": None, "landed_report": None, "_square_spread": 0.0}

@@ -28,7 +28,7 @@ from .checks import (
     named_parameters,
 )  # fmt: skip
 from .collective import Collective
-from .elsewhere import averaged_elsewhere
+from .elsewhere import warning_of
 from .faults import control
 from .flat import Flat, entries_of
 from .header import Kind
@@ -123,15 +123,15 @@ class LocalOptimizer(Around):
         """Compare layouts, and move the parameters into flat buffers. Collective."""
         named = named_parameters(self.inner, self._model)
         buffers = Buffers(self._model, self._policy, [p for _, p in named])
-        beside = [*self.sync.beside(named), *buffers.entries()]
+        extra = [*self.sync.extra(named), *buffers.entries()]
         settings = {**self._options, "buffers": self._policy, "auto": self.auto}
         lines = [
             f"rule {described(self.sync)}",
             f"period {described(self.period)}",
             f"inner optimizer {type(self.inner).__name__}",
             *(f"{key} {value}" for key, value in settings.items()),
-            *map(str, entries_of(named, beside)),
-            *map(str, beside),
+            *map(str, entries_of(named, extra)),
+            *map(str, extra),
             *buffers.described(),
         ]
         control.agree(self._collective, lines, control.TIMEOUT)
@@ -139,7 +139,7 @@ class LocalOptimizer(Around):
             check_order(self._collective, self.inner, named)
         # Nothing has been changed up to here.
         self._homes = homes_of(self._model, {id(p) for _, p in named})
-        return Flat(named, beside, self._collective.world_size), buffers
+        return Flat(named, extra, self._collective.world_size), buffers
 
     def _name(self) -> str:
         named = named_parameters(self.inner, self._model)
@@ -208,12 +208,12 @@ class LocalOptimizer(Around):
         try:
             self.inner.add_param_group(param_group)
             named = named_parameters(self.inner, self._model)
-            entries_of(named, self.sync.beside(named))
+            entries_of(named, self.sync.extra(named))
         except Exception as error:  # whatever the inner optimizer objects to
             return error
         return None
 
-    # When: the place in the round.
+    # When: where the round is.
 
     @property
     def synced(self) -> bool:
@@ -237,7 +237,7 @@ class LocalOptimizer(Around):
 
     @property
     def report(self) -> SyncReport | None:
-        """What the replicas told each other at the last synchronisation; None before the first.
+        """What the replicas reported at the last synchronisation; None before the first.
 
         Where the collective runs behind training, it is of the synchronisation before that, for
         that is the last one that has arrived.
@@ -342,19 +342,10 @@ class LocalOptimizer(Around):
 
     def _look_elsewhere(self) -> None:
         """Warn if somebody else averages the gradients, so that replicas never part."""
-        clock = self._replica.round
-        params = [p for _, p in self._replica.flat.named]
+        clock, params = self._replica.round, [p for _, p in self._replica.flat.named]
         losses = [] if self.report is None else self.report.losses
-        who = averaged_elsewhere(params, losses) if clock.last_lr > 0 else None
-        if who is not None:
-            self._warn_once(
-                "elsewhere",
-                f"all replicas were equal, bit for bit, after {clock.h} local steps (step "
-                f"{clock.step}): {who} averages gradients at every step, so that local steps "
-                "save nothing. Do not wrap the model in DistributedDataParallel, also not by "
-                "accelerator.prepare(model) or a Trainer's ddp strategy; or train within its "
-                "no_sync()",
-            )
+        if clock.last_lr > 0 and (text := warning_of(params, losses, clock.h, clock.step)):
+            self._warn_once("elsewhere", text)
 
     def _check_loss(self) -> None:
         clock = self._replica.round
@@ -398,7 +389,7 @@ class LocalOptimizer(Around):
         """Take note of this step's training loss, one number, before `step` or `average` counts it.
 
         `step` does so itself with a closure's. Stays on the device: no host synchronisation. Its
-        mean over the round is what `report` tells of each replica, and what `LSGD` goes by.
+        mean over the round is what `report` has of each replica, and what `LSGD` goes by.
 
         Raises:
             RuntimeError: if this step has one already.
@@ -467,8 +458,8 @@ class LocalOptimizer(Around):
         self._in_consensus = False
         if saved is not None:
             self._replica.restore(saved)
-        for place, mode in modes:  # the weights are those of that mode again
-            place["train_mode"] = mode
+        for home, mode in modes:  # the weights are those of that mode again
+            home["train_mode"] = mode
         with torch.no_grad():
             self._replica.buffers.restore(buffers)
 
@@ -494,9 +485,9 @@ class LocalOptimizer(Around):
     @torch._disable_dynamo
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's ``state`` and ``param_groups``, and this replica's place.
+        """The inner optimizer's ``state`` and ``param_groups``, and what is this replica's own.
 
-        Each rank has its own: save one file per rank, with that rank's model weights. The place is
+        Each rank has its own: save one file per rank, with that rank's model weights. That is
         in the first parameter group, so that it also passes through
         ``torch.distributed.checkpoint.state_dict``; ``torch.distributed.checkpoint.save`` keeps
         one rank's tensors only: see `localopt.integrations.dcp`.

@@ -84,11 +84,11 @@ def mean_(
     for i in range(total):  # a ring of sums; what is sent on is complete in the last step
         step, k = divmod(i, count)
         shard = (rank - step - 1) % m
-        chunk, place = shards[shard][k], shard * size + k * length
+        chunk, start = shards[shard][k], shard * size + k * length
         other = spare[i % len(spare)][: len(chunk)]
         arriving[i].wait()
-        a = min(max(first - place, 0), len(chunk))
-        b = min(max(last - place, a), len(chunk))
+        a = min(max(first - start, 0), len(chunk))
+        b = min(max(last - start, a), len(chunk))
         _add_divided(chunk[a:b], other[a:b], m, divided=step > 0)
         for part in (slice(a), slice(b, None)):
             chunk[part].add_(other[part])

@@ -14,7 +14,8 @@ from torch import Tensor
 from .collective import Across, Collective, Pending
 from .compression import Codec, CompressedPending
 from .errors import ReplicaMismatchError, SyncError
-from .flat import Fragments, Memory, Vector, square_norm
+from .flat import Memory, Vector, square_norm
+from .fragments import Fragments
 from .header import Header, Kind
 from .meeting import Exchange, waits_of
 from .replica import Replica
@@ -22,7 +23,7 @@ from .traffic import Count
 
 
 class InPlace:
-    """x ← x̄ in the parameters' own memory, with all that is averaged beside them.
+    """x ← x̄ in the parameters' own memory, with all that is averaged with them.
 
     Args:
         replica: whose.
@@ -141,7 +142,7 @@ class Compressed:
     def mean_change(
         self, z: Vector, settings: object = (), check: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """As `InPlace.mean_change`. What is averaged beside (buffers) travels uncompressed."""
+        """As `InPlace.mean_change`. What is averaged with them (buffers) travels uncompressed."""
         replica = self._replica
         replica.gather_buffers()
         (headers,) = replica.meet(settings=settings)
@@ -161,9 +162,9 @@ class Compressed:
             pending = CompressedPending(self._lost.data, flat.params, collective, self._codec)
             pending.wait()
         for buffer in flat.buffers:
-            buffer.beside_averaged.div_(collective.world_size)
+            buffer.extra_averaged.div_(collective.world_size)
         with meeting.explained():
-            sent = collective.sum_([b.beside for b in flat.buffers if len(b.beside)])
+            sent = collective.sum_([b.extra for b in flat.buffers if len(b.extra)])
         replica.buffers.scatter(flat.views)
         meeting.meter.count("part", pending.bytes + sent, started)
 

@@ -162,7 +162,7 @@ def messages_of(
     """
     named = list(model.named_parameters())
     beside = [
-        *rule.beside(named),
+        *rule.extra(named),
         *Buffers(model, buffers, [p for _, p in named]).entries(),
     ]
     numbers = sum(p.numel() for _, p in named), sum(entry.numel for entry in beside)

@@ -89,7 +89,7 @@ class Beat:
     """One rank's sign of life.
 
     Attributes:
-        place: where it runs.
+        process: where it runs.
         keeps: whether the store lives in its process.
         count: beats so far.
         heard: whether it knows the verdict.
@@ -97,7 +97,7 @@ class Beat:
         status: what it does.
     """
 
-    place: Process
+    process: Process
     keeps: bool
     count: int
     heard: bool
@@ -105,13 +105,13 @@ class Beat:
     status: Status
 
     def encode(self) -> str:
-        return json.dumps(vars(self) | {"place": vars(self.place), "status": vars(self.status)})
+        return json.dumps(vars(self) | {"process": vars(self.process), "status": vars(self.status)})
 
     @classmethod
     def decode(cls, text: bytes) -> Beat:
-        told = json.loads(text)
-        place, status = Process(**told.pop("place")), Status(**told.pop("status"))
-        return cls(**told, place=place, status=status)
+        fields = json.loads(text)
+        process, status = Process(**fields.pop("process")), Status(**fields.pop("status"))
+        return cls(**fields, process=process, status=status)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class BeatExchange:
         status: Callable[[], Status],
         news: Callable[[], None],
     ) -> None:
-        self.rank, self.place = collective.rank, Process.here()
+        self.rank, self.process = collective.rank, Process.here()
         self._store = control._store(collective, "watch")
         base = self._store
         while isinstance(base, dist.PrefixStore):
@@ -245,7 +245,7 @@ class BeatExchange:
             self._accusation = ""
         count = self._said.count + 1 if self._said else 0
         heard, status = self.verdict is not None, self._status()
-        self._said = Beat(self.place, self._keeps, count, heard, self.parted, status)
+        self._said = Beat(self.process, self._keeps, count, heard, self.parted, status)
         store.set(f"beat/{self.rank}", self._said.encode())
         self.absent = {rank for rank in self.absent if not store.check([f"beat/{rank}"])}
         ranks = sorted(self._others - self.absent)
@@ -254,10 +254,10 @@ class BeatExchange:
         )
         now = time.monotonic()
         for rank, text in zip(ranks, beats, strict=True):
-            told = Beat.decode(text)
-            if rank not in self.beats or told.count != self.beats[rank].count:
+            theirs = Beat.decode(text)
+            if rank not in self.beats or theirs.count != self.beats[rank].count:
                 self.changed[rank] = now
-            self.beats = self.beats | {rank: told}
+            self.beats = self.beats | {rank: theirs}
         if stop.decode() != EMPTY:
             self.stop = tuple(json.loads(stop))
         if verdict.decode() != EMPTY:

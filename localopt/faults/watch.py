@@ -1,4 +1,4 @@
-"""The watch that each rank keeps beside training: an agreed stop, and an end when a rank is lost.
+"""The watch that each rank keeps while it trains: an agreed stop, and an end when a rank is lost.
 
 Two daemon threads per rank, none on the step's path. One exchanges beats with the other ranks
 through the process group's store. c10d's operations do not return while the process that keeps
@@ -293,8 +293,8 @@ class Watch:
         for pid, started in self._parents.items():
             state, now_started = process(pid)
             if state in _GONE or now_started != started:
-                told = f"the launcher of {self._name()} (process {pid}) has ended"
-                reasons.append((signal.SIGTERM, told))
+                reason = f"the launcher of {self._name()} (process {pid}) has ended"
+                reasons.append((signal.SIGTERM, reason))
         if not reasons or self._proposal is not None:
             return
         with self._changed:
@@ -337,7 +337,7 @@ class Watch:
         for rank, beat in post.beats.items():
             if beat.status.left:
                 continue
-            if beat.place.state(post.place) in _GONE:
+            if beat.process.state(post.process) in _GONE:
                 # It may have taken leave just now: that has been read when an exchange began later.
                 if post.began > post.gone.setdefault(rank, now):
                     return self._died(rank)
@@ -345,8 +345,8 @@ class Watch:
                 return self._silent(rank)
         waited = now - max(post.started, self._excused)
         if post.absent and waited > self._stall_after:
-            told = ranks_text(sorted(post.absent))
-            return f"{told} did not begin to train within {waited:.0f} s: hangs or has died"
+            absent = ranks_text(sorted(post.absent))
+            return f"{absent} did not begin to train within {waited:.0f} s: hangs or has died"
         return self._stalled(now)
 
     def _stalled(self, now: float) -> str:
@@ -375,7 +375,7 @@ class Watch:
     def _name(self, rank: int | None = None) -> str:
         host, rank = self._host, self._rank if rank is None else rank
         if rank != self._rank and rank in self._post.beats:
-            host = self._post.beats[rank].place.host
+            host = self._post.beats[rank].process.host
         return f"rank {rank} on {host}"
 
     def _last(self, rank: int) -> str:
@@ -383,11 +383,11 @@ class Watch:
         return f"last at step {status.step}, {status.doing}"
 
     def _died(self, rank: int) -> str:
-        pid = self._post.beats[rank].place.pid
+        pid = self._post.beats[rank].process.pid
         return f"{self._name(rank)} has died (process {pid} has gone; {self._last(rank)})"
 
     def _silent(self, rank: int) -> str:
-        stopped = self._post.beats[rank].place.state(self._post.place) in ("T", "t")
+        stopped = self._post.beats[rank].process.state(self._post.process) in ("T", "t")
         what = "is stopped" if stopped else "has died or hangs"
         seconds = f"no sign of life for {self._dead_after:g} s"
         return f"{self._name(rank)} {what} ({seconds}; {self._last(rank)})"
@@ -401,7 +401,7 @@ class Watch:
                 return f"rank 0, or a launcher, has died before it began, and the store ({error})"
             return f"{self._name()} has lost the store: its keeper, a launcher, has died ({error})"
         for _ in range(20):
-            state = post.beats[keeper].place.state(post.place)
+            state = post.beats[keeper].process.state(post.process)
             if state is None or state in _GONE:
                 break
             time.sleep(0.05)

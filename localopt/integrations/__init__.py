@@ -1,1 +1,1 @@
-"""localopt beside other tools: one file per tool, imported by name."""
+"""localopt with other tools: one file per tool, imported by name."""

@@ -25,7 +25,7 @@ class Average(Rule):
     an adaptive inner optimizer it is not: second moments are local.
 
     With ``compress`` ranks send their changes since the round's start in fewer bytes, what these
-    do not tell is sent with the next changes (error feedback), and replicas are equal all the same.
+    lose is sent with the next changes (error feedback), and replicas are equal all the same.
     The same for any number of ranks: half the bytes with "bf16", a quarter with "int8".
 
     Args:
@@ -63,7 +63,7 @@ class Average(Rule):
             self.z = self.anchor("z")
             self.change = self.mean_change()
 
-    def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
+    def extra(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
         return [Entry.like(f"{name}/{f}", p) for f in self.state_fields for name, p in params]
 
     @torch.no_grad()

@@ -43,8 +43,8 @@ class HierarchicalAverage(Rule):
                     f"HierarchicalAverage: {name} is {value!r}: it must be an integer of at least 1"
                 )
 
-    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
-        payload = (parameters + beside) * itemsize
+    def sends(self, parameters: int, extra: int, itemsize: int) -> list[Sending]:
+        payload = (parameters + extra) * itemsize
         return [
             Sending("all_reduce", payload, self.group_size),
             Sending("all_reduce", payload, self.group_size, across=True, every=self.global_every),

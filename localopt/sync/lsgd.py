@@ -78,7 +78,7 @@ class LSGD(Rule):
         if self.group_size and self.c_global == self.p_global == 0:
             raise ValueError("LSGD: c_global and p_global are both 0: groups would never meet")
 
-    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+    def sends(self, parameters: int, extra: int, itemsize: int) -> list[Sending]:
         sent = [Sending("broadcast", parameters * itemsize, self.group_size)]
         if self.global_every is not None:
             sent += [Sending("broadcast", parameters * itemsize, every=self.global_every)]

@@ -137,25 +137,25 @@ class Rule(ABC):
 
     # What happens when.
 
-    def beside(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
+    def extra(self, params: Sequence[tuple[str, nn.Parameter]]) -> list[Entry]:
         """What the rule wants averaged in the parameters' collective; entries of the layout."""
         return []
 
-    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+    def sends(self, parameters: int, extra: int, itemsize: int) -> list[Sending]:
         """What the ends of rounds send; asked before the rule is attached.
 
         Args:
             parameters: how many numbers the parameters are.
-            beside: how many are averaged beside them: `beside` and buffers.
+            extra: how many are averaged with them: `extra` and buffers.
             itemsize: bytes of a number.
         """
         chosen = codec(self.compress)
         if chosen is None:
-            return [Sending("all_reduce", (parameters + beside) * itemsize)]
+            return [Sending("all_reduce", (parameters + extra) * itemsize)]
         blocks = -(-parameters // chosen.block)
         return [
             Sending("shards", chosen.size(blocks * chosen.block)),
-            Sending("all_reduce", beside * itemsize),
+            Sending("all_reduce", extra * itemsize),
         ]
 
     def begin(self) -> None:
@@ -178,8 +178,8 @@ class Rule(ABC):
     def after_step(self) -> None:  # noqa: B027 (most rules do nothing)
         """A local step is done. No collective."""
 
-    def adopt(self) -> None:  # noqa: B027 (most rules average nothing beside)
-        """Bring what is averaged beside the parameters into their memory. No collective."""
+    def adopt(self) -> None:  # noqa: B027 (most rules average nothing else)
+        """Bring what is averaged with the parameters into their memory. No collective."""
 
     @abstractmethod
     def end_round(self) -> None:

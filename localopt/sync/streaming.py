@@ -96,7 +96,7 @@ class Streaming(Rule):
     def overlaps(self) -> bool:  # type: ignore[override]
         return self.overlap or self.delay > 0
 
-    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+    def sends(self, parameters: int, extra: int, itemsize: int) -> list[Sending]:
         return super().sends(parameters, 0, itemsize)  # in all: K fragments
 
     def attach(self, replica: Replica) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from localopt import Constant, LocalSGD
-from localopt.flat import ALIGNMENT, Entry, Flat, Fragments
+from localopt.flat import ALIGNMENT, Entry, Flat
+from localopt.fragments import Fragments
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -67,11 +68,11 @@ def test_all_that_lies_beside_is_there(size: int) -> None:
     p = nn.Parameter(torch.ones(3))
     for from_rank0 in (False, True):
         entry = Entry.like("it", torch.zeros(size), from_rank0=from_rank0)
-        flat = flat_of(p, beside=[entry], world_size=2)
+        flat = flat_of(p, extra=[entry], world_size=2)
         (buffer,) = flat.buffers
-        buffer.beside.fill_(7)
+        buffer.extra.fill_(7)
         assert (flat.views["it"] == 7).all() and (p == 1).all()
-        buffer.beside_averaged.fill_(8)
+        buffer.extra_averaged.fill_(8)
         assert (flat.views["it"] == (7 if from_rank0 else 8)).all()
 
 
@@ -82,7 +83,7 @@ def test_what_lies_beside_is_averaged_or_not() -> None:
         Entry.like("rank 0's", torch.zeros(5), from_rank0=True),
         Entry.like("other type", torch.zeros(5, dtype=torch.float64)),
     ]
-    flat = flat_of(p, beside=entries, world_size=2)
+    flat = flat_of(p, extra=entries, world_size=2)
     first, second = flat.buffers
     assert [b.data.dtype for b in flat.buffers] == [torch.float32, torch.float64]
     flat.views["mean"].fill_(1)

@@ -20,7 +20,7 @@ def trains(rank: Rank, waits: bool, elsewhere: bool = False) -> None:
     """Rank 0 and 1 make steps; with ``waits`` the victim's peers are in a collective, mostly."""
     with rank.watch() as watch:
         if elsewhere:  # another system's process numbers mean nothing here
-            place = watch._post.place
+            place = watch._post.process
             object.__setattr__(place, "system", f"{place.system} of rank {rank.rank}")
         rank.say("begun")
         seconds = 0.3 if waits and rank.rank == 0 else 0.01
