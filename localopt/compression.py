@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .collective import Collective, Pending
 
-PIECE = 2**20  # elements that are looked at at once: what that takes in memory stays small
+PIECE = 2**17  # elements that are looked at at once: what that takes in memory stays in the cache
+TRAVELS = 2**22  # elements that travel at once, while others are encoded
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Codec(ABC):
 
     def _pieces(self, x: Tensor, wire: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         start = 0
-        for piece in x.split(-(-PIECE // self.block) * self.block):
+        elements = PIECE if x.device.type == "cpu" else 64 * PIECE  # or a GPU would launch too much
+        for piece in x.split(-(-elements // self.block) * self.block):
             end = start + self.size(len(piece) + -len(piece) % self.block)
             yield piece, wire[start:end]
             start = end
@@ -100,8 +102,8 @@ class Int8(Codec):
 
     def encode(self, x: Tensor, wire: Tensor) -> None:
         blocks = x.view(-1, self.block)
-        least, greatest = torch.aminmax(blocks, dim=1)
-        scales = (torch.maximum(-least, greatest) / 127).float()
+        # Two passes: torch's one for both takes seventeen times as long on a CPU.
+        scales = (torch.maximum(-blocks.amin(1), blocks.amax(1)) / 127).float()
         scales = torch.where(scales >= torch.finfo(torch.float32).tiny, scales, 0.0)
         divisors = torch.where(scales > 0, scales, torch.inf).to(x.dtype)
         numbers = (blocks / divisors[:, None]).round_().clamp_(-127, 127)
@@ -136,11 +138,14 @@ def codec(compress: str | Codec | None) -> Codec | None:
 
 
 class CompressedPending:
-    """Means in fewer bytes on their way, behind training; each rank averages one shard of each.
+    """Means in fewer bytes on their way; each rank averages one shard of each piece of a tensor.
 
     Shards of C(d_i) go from every rank i to every rank j, which averages those it gets with its
     own, uncompressed; C of that goes to all. ``d`` keeps what is lost on the way: what rank i's
     codec has lost outside its shard, and m times what is lost of the mean inside.
+
+    Where it is waited for, one piece is encoded while another travels. Behind training all are on
+    their way at once, and their means are sent on in `done`, in the same order on all ranks.
 
     Args:
         changes: d, one tensor (n,) per buffer; what is lost of it afterwards.
@@ -162,85 +167,106 @@ class CompressedPending:
         *,
         behind: bool = False,
     ) -> None:
-        self._parts = [
-            _Part(d, mean, collective, codec, number, behind)
-            for number, (d, mean) in enumerate(zip(changes, means, strict=True))
+        pieces = (
+            pair
+            for d, mean in zip(changes, means, strict=True)
+            for pair in zip(d.split(TRAVELS), mean.split(TRAVELS), strict=True)
             if len(d)  # else: a type that only buffers have
+        )
+        self._pieces = [
+            _Piece(d, mean, collective, codec, number) for number, (d, mean) in enumerate(pieces)
         ]
-        self.bytes = sum(part.bytes for part in self._parts)
+        self.bytes = sum(piece.bytes for piece in self._pieces)
+        for piece in self._pieces if behind else self._pieces[:1]:
+            piece.start(behind=behind)
 
     def done(self) -> bool:
         """Whether all has arrived; goes on with what has, without waiting."""
-        pending = [part for part in self._parts if not part.done()]  # each goes on
-        return not pending
+        return all(piece.done() for piece in self._pieces)  # not past one that has not arrived
 
     def wait(self) -> None:
         """Wait for it, and write the means."""
-        for part in self._parts:
-            part.wait_shards()
-        for part in self._parts:
-            part.wait()
+        before: _Piece | None = None
+        for piece, following in itertools.zip_longest(self._pieces, self._pieces[1:]):
+            if following is not None:
+                following.start()
+            piece.send_mean()
+            if before is not None:
+                before.finish()
+            before = piece
+        if before is not None:
+            before.finish()
 
 
-class _Part:
-    """One tensor's."""
+class _Piece:
+    """A piece of a tensor: `start`, `send_mean` and `finish`, each once, whoever asks."""
 
     def __init__(
-        self,
-        d: Tensor,
-        mean: Tensor,
-        collective: Collective,
-        codec: Codec,
-        number: int,
-        behind: bool,
+        self, d: Tensor, mean: Tensor, collective: Collective, codec: Codec, number: int
     ) -> None:
         self._d, self._mean, self._collective, self._codec = d, mean, collective, codec
-        m, rank = collective.world_size, collective.rank
-        self.bytes = 0
-        self._averaged: Pending | None = None
-        if m == 1:
-            return
+        self._number = number
+        m = collective.world_size
         blocks = -(-len(d) // codec.block)
         size = -(-blocks // m) * codec.block
         self._ends = [min(size * i, len(d)) for i in range(m + 1)]
-        self._shards = [d[a:b] for a, b in itertools.pairwise(self._ends)]
-        self._wires = torch.zeros(m, codec.size(size), dtype=torch.uint8, device=d.device)
-        for i, shard in enumerate(self._shards):
+        self._shape = m, codec.size(size)
+        self.bytes = 2 * (m - 1) * codec.size(size)
+        self._received: Callable[[], Tensor] | None = None
+        self._sent_on: Pending | None = None
+        self._finished = False
+
+    def start(self, *, behind: bool = False) -> None:
+        """Send the other ranks their shards."""
+        rank = self._collective.rank
+        if self._finished or self._received is not None or self._collective.world_size == 1:
+            return
+        self._wires = torch.zeros(self._shape, dtype=torch.uint8, device=self._d.device)
+        for i, shard in enumerate(self._shards()):
             if i != rank:
-                codec.send_(shard, self._wires[i])
-        self._received, self._exchanged = collective.start_exchange_shards(
-            self._wires, number, behind=behind
+                self._codec.send_(shard, self._wires[i])
+        self._received, self._exchanged = self._collective.start_exchange_shards(
+            self._wires, self._number, behind=behind
         )
-        self.bytes = self._exchanged.bytes + self._wires.nbytes * (m - 1) // m
+
+    def _shards(self) -> list[Tensor]:
+        return [self._d[a:b] for a, b in itertools.pairwise(self._ends)]
 
     def done(self) -> bool:
-        if self._collective.world_size == 1:
+        """Whether the mean has arrived; sends this rank's shard of it, once that can be made."""
+        if self._finished or self._collective.world_size == 1:
             return True
-        if self._averaged is None and self._exchanged.done():
-            with contextlib.suppress(RuntimeError):  # `wait` raises it again
-                self.wait_shards()
-        return self._averaged is not None and self._averaged.done()
+        if self._sent_on is None and self._received is not None and self._exchanged.done():
+            with contextlib.suppress(RuntimeError):  # `finish` raises it again
+                self.send_mean()
+        return self._sent_on is not None and self._sent_on.done()
 
-    def wait_shards(self) -> None:
-        """Wait for the other ranks' shards, and send their mean on."""
+    def send_mean(self) -> None:
+        """Wait for the other ranks' shards of this rank's part, and send their mean to all."""
         m, rank, codec = self._collective.world_size, self._collective.rank, self._codec
-        if m == 1 or self._averaged is not None:
+        if self._finished or m == 1 or self._sent_on is not None:
             return
+        assert self._received is not None, "it has been started"
         self._exchanged.wait()
-        mine = self._shards[rank]
-        received = self._received()
+        received, mine = self._received(), self._shards()[rank]
         for i in range(m):
             if i != rank:
                 codec.receive_(mine, received[i], add=True)
         codec.send_(mine.div_(m), self._wires[rank])
         mine.mul_(m)
-        self._averaged = self._collective.start_gather_shards_(self._wires)
+        self._sent_on = self._collective.start_gather_shards_(self._wires)
 
-    def wait(self) -> None:
-        if self._averaged is None:  # one rank
+    def finish(self) -> None:
+        """Wait for the mean, and write it."""
+        if self._finished:
+            return
+        if self._sent_on is None:  # one rank
             self._mean.copy_(self._d)
             self._d.zero_()
-            return
-        self._averaged.wait()
-        for i, (a, b) in enumerate(itertools.pairwise(self._ends)):
-            self._codec.receive_(self._mean[a:b], self._wires[i])
+        else:
+            self._sent_on.wait()
+            for i, (a, b) in enumerate(itertools.pairwise(self._ends)):
+                self._codec.receive_(self._mean[a:b], self._wires[i])
+            # What is on its way keeps the memory that it was sent from.
+            del self._wires, self._received, self._exchanged, self._sent_on
+        self._finished = True

@@ -96,7 +96,7 @@ def test_another_order_shows_in_the_values(order: Any, m: int, odd: str) -> None
         for text in texts:
             assert text == (
                 f"{odd} gave the parameters in another order than rank 0: their initial values are "
-                "the same, at other places. Give model=, or the parameters in one order"
+                "the same, in another order. Give model=, or the parameters in one order"
             )
 
 
