@@ -263,18 +263,13 @@ class Collective:
         return (self.world_size - 1) * payload // self.world_size
 
     def start_exchange_shards(
-        self, shards: Tensor, number: int = 0, *, behind: bool = False
+        self, shards: Tensor, number: int = 0
     ) -> tuple[Callable[[], Tensor], Pending]:
         """Send row j of ``shards`` (m, n) to rank j; what gives the rows got, once they are here.
 
-        gloo's own all_to_all may send before it tells others that it will receive: what tells them
-        queues behind that, and a slow link works in one direction at a time. So where it is waited
-        for it is done by messages, of which gloo does not say when they have arrived.
-
-        Args:
-            shards: what to send.
-            number: of this exchange among those that are on their way.
-            behind: whether it travels behind training.
+        gloo's own all_to_all may send before it announces that it will receive: the announcement
+        queues behind that, and a slow link works in one direction at a time. So there it is done by
+        messages. ``number`` is that of this exchange among those that are on their way.
         """
         if self.world_size == 1:
             return lambda: shards, Pending([], 0)
@@ -282,7 +277,7 @@ class Collective:
         held = shards.cpu() if gloo else shards  # it exchanges what is in the host's memory only
         got = torch.empty_like(held)
         sent = shards.nbytes * (self.world_size - 1) // self.world_size
-        if gloo and not behind:
+        if gloo:
             got[self.rank] = held[self.rank]
             others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
             launches = [partial(self._receive, got[j], j, _TAG + number) for j in others]

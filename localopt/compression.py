@@ -8,19 +8,18 @@ al., arXiv 1901.09847).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .collective import Collective, Pending
+from .collective import Collective
 
 PIECE = 2**17  # elements that are looked at at once: what that takes in memory stays in the cache
-TRAVELS = 2**22  # elements that travel at once, while others are encoded
+TRAVELS = 2**21  # elements that travel at once, while others are encoded
 
 
 @dataclass(frozen=True)
@@ -137,22 +136,21 @@ def codec(compress: str | Codec | None) -> Codec | None:
     return CODECS[compress]()
 
 
-class CompressedPending:
-    """Means in fewer bytes on their way; each rank averages one shard of each piece of a tensor.
+class CompressedMean:
+    """Means in fewer bytes; each rank averages one shard of each piece of a tensor. Collective.
 
     Shards of C(d_i) go from every rank i to every rank j, which averages those it gets with its
     own, uncompressed; C of that goes to all. ``d`` keeps what is lost on the way: what rank i's
     codec has lost outside its shard, and m times what is lost of the mean inside.
 
-    Where it is waited for, one piece is encoded while another travels. Behind training all are on
-    their way at once, and their means are sent on in `done`, in the same order on all ranks.
+    One piece is encoded while another travels. Nothing of it runs behind training: the second half
+    needs what other ranks do after the first.
 
     Args:
         changes: d, one tensor (n,) per buffer; what is lost of it afterwards.
         means: where the means are written, of the same shapes.
-        collective: the ranks; nothing else may be launched in it meanwhile.
+        collective: the ranks.
         codec: C.
-        behind: whether they travel behind training.
 
     Attributes:
         bytes: that this rank sends: 2 (m - 1) / m of the compressed numbers, whatever m is.
@@ -164,8 +162,6 @@ class CompressedPending:
         means: Sequence[Tensor],
         collective: Collective,
         codec: Codec,
-        *,
-        behind: bool = False,
     ) -> None:
         pieces = (
             pair
@@ -177,16 +173,12 @@ class CompressedPending:
             _Piece(d, mean, collective, codec, number) for number, (d, mean) in enumerate(pieces)
         ]
         self.bytes = sum(piece.bytes for piece in self._pieces)
-        for piece in self._pieces if behind else self._pieces[:1]:
-            piece.start(behind=behind)
-
-    def done(self) -> bool:
-        """Whether all has arrived; goes on with what has, without waiting."""
-        return all(piece.done() for piece in self._pieces)  # not past one that has not arrived
 
     def wait(self) -> None:
-        """Wait for it, and write the means."""
+        """Send them, wait for them, and write the means."""
         before: _Piece | None = None
+        for piece in self._pieces[:1]:
+            piece.start()
         for piece, following in itertools.zip_longest(self._pieces, self._pieces[1:]):
             if following is not None:
                 following.start()
@@ -199,7 +191,7 @@ class CompressedPending:
 
 
 class _Piece:
-    """A piece of a tensor: `start`, `send_mean` and `finish`, each once, whoever asks."""
+    """A piece of a tensor: `start`, `send_mean` and `finish`, in this order."""
 
     def __init__(
         self, d: Tensor, mean: Tensor, collective: Collective, codec: Codec, number: int
@@ -212,41 +204,27 @@ class _Piece:
         self._ends = [min(size * i, len(d)) for i in range(m + 1)]
         self._shape = m, codec.size(size)
         self.bytes = 2 * (m - 1) * codec.size(size)
-        self._received: Callable[[], Tensor] | None = None
-        self._sent_on: Pending | None = None
-        self._finished = False
 
-    def start(self, *, behind: bool = False) -> None:
+    def start(self) -> None:
         """Send the other ranks their shards."""
-        rank = self._collective.rank
-        if self._finished or self._received is not None or self._collective.world_size == 1:
+        if self._collective.world_size == 1:
             return
-        self._wires = torch.zeros(self._shape, dtype=torch.uint8, device=self._d.device)
+        rank = self._collective.rank
+        wires = torch.zeros(self._shape, dtype=torch.uint8, device=self._d.device)
         for i, shard in enumerate(self._shards()):
             if i != rank:
-                self._codec.send_(shard, self._wires[i])
-        self._received, self._exchanged = self._collective.start_exchange_shards(
-            self._wires, self._number, behind=behind
-        )
+                self._codec.send_(shard, wires[i])
+        received, exchanged = self._collective.start_exchange_shards(wires, self._number)
+        self._wires, self._received, self._exchanged = wires, received, exchanged
 
     def _shards(self) -> list[Tensor]:
         return [self._d[a:b] for a, b in itertools.pairwise(self._ends)]
 
-    def done(self) -> bool:
-        """Whether the mean has arrived; sends this rank's shard of it, once that can be made."""
-        if self._finished or self._collective.world_size == 1:
-            return True
-        if self._sent_on is None and self._received is not None and self._exchanged.done():
-            with contextlib.suppress(RuntimeError):  # `finish` raises it again
-                self.send_mean()
-        return self._sent_on is not None and self._sent_on.done()
-
     def send_mean(self) -> None:
         """Wait for the other ranks' shards of this rank's part, and send their mean to all."""
         m, rank, codec = self._collective.world_size, self._collective.rank, self._codec
-        if self._finished or m == 1 or self._sent_on is not None:
+        if m == 1:
             return
-        assert self._received is not None, "it has been started"
         self._exchanged.wait()
         received, mine = self._received(), self._shards()[rank]
         for i in range(m):
@@ -258,15 +236,12 @@ class _Piece:
 
     def finish(self) -> None:
         """Wait for the mean, and write it."""
-        if self._finished:
-            return
-        if self._sent_on is None:  # one rank
+        if self._collective.world_size == 1:
             self._mean.copy_(self._d)
             self._d.zero_()
-        else:
-            self._sent_on.wait()
-            for i, (a, b) in enumerate(itertools.pairwise(self._ends)):
-                self._codec.receive_(self._mean[a:b], self._wires[i])
-            # What is on its way keeps the memory that it was sent from.
-            del self._wires, self._received, self._exchanged, self._sent_on
-        self._finished = True
+            return
+        self._sent_on.wait()
+        for i, (a, b) in enumerate(itertools.pairwise(self._ends)):
+            self._codec.receive_(self._mean[a:b], self._wires[i])
+        # What is on its way keeps the memory that it was sent from.
+        del self._wires, self._received, self._exchanged, self._sent_on

@@ -539,6 +539,7 @@ class LocalOptimizer(Around):
         own = own_state(state)
         if own is not None:
             self._check_own(own)
+            self.sync.check_state(own["sync"])
         check_whole(state, own)
         self.inner.load_state_dict(without_own(state))
         self._replica.recover()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,9 +71,7 @@ class Outer:
 
     def settings(self, gamma: float = 1.0) -> object:
         """What this step goes by, to be the same on all ranks."""
-        groups = self.optimizer.param_groups
-        plain = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        return gamma if self._normalize else None, plain
+        return gamma if self._normalize else None, self.groups()
 
     def check_rate(self, gamma: float, step: int) -> None:
         """Raise `ValueError` if γ of the round that ended at ``step`` cannot be divided by."""
@@ -83,29 +81,39 @@ class Outer:
                 "normalize_by_lr (SlowMo) divides by it: keep the rate above zero"
             )
 
-    def step(self, delta: Mapping[str, Tensor], gamma: float = 1.0) -> None:
+    def groups(self) -> list[dict[str, Any]]:
+        """The settings of the parameter groups, as they are now."""
+        groups = self.optimizer.param_groups
+        return [{k: v for k, v in group.items() if k != "params"} for group in groups]
+
+    def step(
+        self,
+        delta: Mapping[str, Tensor],
+        gamma: float = 1.0,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         """z ← outer step.
 
         Args:
             delta: Δ, by name; what is not there stays as it is.
             gamma: γ.
+            groups: settings to step with, if not those of now.
         """
         for name, p in self._params.items():
             if name in delta:
                 p.grad = delta[name].to(p.dtype)
                 if self._normalize:
                     p.grad.div_(gamma)
-        groups = self.optimizer.param_groups
-        rates = [group.get("lr") for group in groups]
+        now = self.groups()
         try:
-            for group, rate in zip(groups, rates, strict=True):
+            for group, used in zip(self.optimizer.param_groups, groups or now, strict=True):
+                group.update(used)
                 if self._normalize:
-                    group["lr"] = rate * gamma
+                    group["lr"] = used["lr"] * gamma
             self.optimizer.step()
         finally:
-            for group, rate in zip(groups, rates, strict=True):
-                if self._normalize:
-                    group["lr"] = rate
+            for group, mine in zip(self.optimizer.param_groups, now, strict=True):
+                group.update(mine)
         self.optimizer.zero_grad()
 
     def relayout(self, z: Mapping[str, Tensor]) -> None:
@@ -123,13 +131,27 @@ class Outer:
         for name, buffer in v.items():
             self.optimizer.state[self._params[name]]["momentum_buffer"] = buffer
 
+    def check_momentum(self) -> None:
+        """Raise `ValueError` unless this is an SGD, as in states of version 4."""
+        if self._type != "SGD":
+            raise ValueError(
+                f"the state to load has the momentum of an outer SGD, this rule {self._type}"
+            )
+
     def start_over(self) -> None:
         """Forget all steps."""
         self.optimizer.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, and of which type it is."""
-        return {"outer": copy.deepcopy(self.optimizer.state_dict()), "outer_type": self._type}
+        return {
+            "outer": copy.deepcopy(self.optimizer.state_dict()),
+            "outer_type": self._type,
+            "outer_shapes": self._shapes(),
+        }
+
+    def _shapes(self) -> list[tuple[str, list[int]]]:
+        return [(name, list(p.shape)) for name, p in self._params.items()]
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if a state is that of another optimizer, or of other groups."""
@@ -144,11 +166,24 @@ class Outer:
                 f"the state to load has {saved} parameter groups, this optimizer {mine}: build it "
                 "with one, and add_param_group() the others as they were added"
             )
+        shapes = state.get("outer_shapes")  # not in version 4
+        odd = [] if shapes is None else [a for a in map(_pair, shapes) if a not in self._shapes()]
+        if odd or (shapes is not None and len(shapes) != len(self._params)):
+            name, shape = odd[0] if odd else self._shapes()[-1]
+            raise ValueError(
+                f"the state to load has other parameters or fragments: {name} of shape "
+                f"{tuple(shape)} is not in both"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.optimizer.load_state_dict(copy.deepcopy(state["outer"]))
         self._set_momentum()  # this number of replicas decides, not the saved one
+
+
+def _pair(named: Sequence[Any]) -> tuple[str, list[int]]:
+    """A name and a shape, as `torch.load` or JSON gives them."""
+    return named[0], list(named[1])
 
 
 def _trial(make: Maker) -> Optimizer:

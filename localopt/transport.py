@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .collective import Across, Collective, Pending
-from .compression import Codec, CompressedPending
+from .compression import Codec, CompressedMean
 from .errors import ReplicaMismatchError, SyncError
 from .flat import Memory, Vector, square_norm
 from .fragments import Fragments
@@ -159,7 +159,7 @@ class Compressed:
         for x, anchor, e in zip(flat.params, z.data, self._lost.data, strict=True):
             e.add_(anchor.to(x.dtype)).sub_(x)
         with meeting.explained():
-            pending = CompressedPending(self._lost.data, flat.params, collective, self._codec)
+            pending = CompressedMean(self._lost.data, flat.params, collective, self._codec)
             pending.wait()
         for buffer in flat.buffers:
             buffer.extra_averaged.div_(collective.world_size)
@@ -192,13 +192,32 @@ class _Flight:
 
     exchange: Exchange | None
     headers: dict[int, Header]
-    pending: Pending | CompressedPending
+    pending: Pending | _Owing
     sent: Memory
     fragment: int | None
     ends_round: bool
     launched: float
     ended: float | None = None
     failed: Exception | None = None
+
+
+class _Owing(CompressedMean):
+    """The mean of changes, and of what is ``lost`` so far, which becomes what is lost now.
+
+    Not before all has arrived: what fails is owed as it was.
+    """
+
+    def __init__(
+        self, lost: Sequence[Tensor], means: Sequence[Tensor], link: Collective, codec: Codec
+    ) -> None:
+        means = [d[: len(e)] for d, e in zip(means, lost, strict=True)]
+        self._lost, self._changes = lost, [d + e for d, e in zip(means, lost, strict=True)]
+        super().__init__(self._changes, means, link, codec)
+
+    def wait(self) -> None:
+        super().wait()
+        for e, change in zip(self._lost, self._changes, strict=True):
+            e.copy_(change)
 
 
 class Copied:
@@ -226,6 +245,7 @@ class Copied:
         compress: Codec | None = None,
         lost: Vector | None = None,
     ) -> None:
+        assert not (behind and compress), "a codec's mean cannot travel behind training"
         self._replica, self._behind, self._start = replica, behind, start
         self._codec, self._lost = compress, lost
         # A codec's mean divides itself, and loses less of whole numbers than of shares.
@@ -260,7 +280,7 @@ class Copied:
         own = self._part(replica.flat.params, fragment)
         sent = self._copy(own, fragment)
         norm = None
-        if self._start is not None and meeting.track_drift:
+        if self._start is not None and meeting.track_drift and self._codec is None:
             norm = square_norm(sent.params) * self._shares**2
         settings = settings, fragment
         count: Count = "round" if ends_round else "part"
@@ -295,19 +315,17 @@ class Copied:
             sent.div_(self._shares)
         return memory
 
-    def _send(self, sent: Memory, fragment: int | None) -> Pending | CompressedPending:
+    def _send(self, sent: Memory, fragment: int | None) -> Pending | _Owing:
         if self._codec is None or self._lost is None:
             return self._link.start_sum_([b.data for b in sent.buffers])
-        changes = self._part(self._lost.data, fragment)
-        for e, d in zip(changes, sent.params, strict=True):
-            e.add_(d[: len(e)])
-        means = [d[: len(e)] for e, d in zip(changes, sent.params, strict=True)]
-        return CompressedPending(changes, means, self._link, self._codec, behind=self._behind)
+        return _Owing(self._part(self._lost.data, fragment), sent.params, self._link, self._codec)
 
     def poll(self) -> None:
         """Take note if what was launched has ended. No waiting."""
         flight = self._flight
-        if flight is not None and flight.ended is None and flight.pending.done():
+        if not self._behind or flight is None or flight.ended is not None:
+            return
+        if flight.pending.done():
             flight.ended = time.perf_counter()
 
     @torch.no_grad()
@@ -350,10 +368,16 @@ class Copied:
         if flight.exchange is not None:
             meeting.check_finite_landed(headers, lambda: self._non_finite(flight))
             meeting.meter.count_waits(waits_of(headers))
-        norm = flight.sent.square_norm() if meeting.track_drift else None
+        norm = self._mean_norm(flight) if meeting.track_drift else None
         meeting.report_landed(headers, norm, ends_round=flight.ends_round)
         self._flight = None
         return flight.sent.params if flight.fragment is None else self._cut.mean(flight.fragment)
+
+    def _mean_norm(self, flight: _Flight) -> float:
+        if self._codec is None:
+            return flight.sent.square_norm()
+        own = self._part(self._replica.flat.params, flight.fragment)  # a codec's mean is not exact
+        return mean_square_norm(self._replica, own, self._replica.collective)
 
     def _non_finite(self, flight: _Flight) -> list[str]:
         whole = flight.fragment is None
@@ -415,17 +439,22 @@ def divide(own: Sequence[Tensor], by: int, memory: Memory) -> None:
         sent[len(x) :].zero_()
 
 
-@torch.no_grad()
 def report_spread(replica: Replica, headers: Mapping[int, Header], level: Collective) -> None:
     """The spread where no mean is at hand. Collective, but only where drift is tracked."""
+    if replica.meeting.track_drift:
+        norm = mean_square_norm(replica, replica.flat.params, level)
+        replica.meeting.report_spread(headers, norm)
+
+
+@torch.no_grad()
+def mean_square_norm(replica: Replica, own: Sequence[Tensor], level: Collective) -> float:
+    """|x̄|² of parameters, by a sum that is made for it alone. Collective."""
     meeting = replica.meeting
-    if meeting.track_drift:
-        started, mean = meeting.meter.now(), replica.flat.twin()
-        divide(replica.flat.params, len(level.ranks), mean)
-        with meeting.explained():
-            sent = level.sum_(mean.params)
-        meeting.meter.count("other", sent, started)
-        meeting.report_spread(headers, mean.square_norm())
+    started, mean = meeting.meter.now(), [x / len(level.ranks) for x in own]
+    with meeting.explained():
+        sent = level.sum_(mean)
+    meeting.meter.count("other", sent, started)
+    return square_norm(mean)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -250,11 +250,25 @@ class Rule(ABC):
             **(self._outer.state_dict() if self._outer is not None else {}),
         }
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless a state is of a rule with the same parts as this one."""
+        missing = {*self._anchors, *self._momenta} - state["vectors"].keys()
+        if missing:
+            raise ValueError(
+                f"the state to load has no {min(missing)!r}, which {self!r} keeps: it was saved by "
+                "a rule with other settings"
+            )
         if self._outer is not None:
+            if "outer" not in state:
+                raise ValueError(
+                    f"the state to load has no outer optimizer, which {self!r} has: it was saved "
+                    "by a rule with other settings"
+                )
             self._outer.check_state(state)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
         self.replicas_agree = state["replicas_agree"]
         for name, vector in {**self._anchors, **self._momenta}.items():
             vector.load_state_dict(state["vectors"][name])

@@ -46,7 +46,7 @@ class Streaming(Rule):
         delay: τ.
         outer: another outer step: makes the optimizer, as for `BlockMomentum`.
         compress: None, "bf16" or "int8": send Δ in half or a quarter of the bytes, with error
-            feedback, as `Average` does; or a codec of `localopt.compression`.
+            feedback, as `Average` does; or a codec of `localopt.compression`. It is waited for.
 
     Attributes:
         outer_optimizer: what makes the outer step, once a `LocalOptimizer` has this rule; None
@@ -78,11 +78,12 @@ class Streaming(Rule):
                 raise ValueError(f"Streaming: {name} is {value}: there must be at least {least}")
         if self.overlap and self.delay:
             raise ValueError(f"Streaming: overlap and delay {self.delay} exclude each other")
+        if codec(self.compress) and self.overlaps:
+            raise ValueError("Streaming: what is compressed cannot travel behind training")
         if self.alpha is None:
             self.alpha = 0.5 if self.overlaps else 1.0
         if not 0 < self.alpha <= 1:
             raise ValueError(f"Streaming: alpha is {self.alpha}: it must lie in (0, 1]")
-        codec(self.compress)
         plain = (self.outer_lr, self.outer_momentum) == (1.0, 0.0)
         if self.outer is not None and not plain:
             raise ValueError("Streaming: outer has settings of its own: no outer_lr, no momentum")
@@ -108,6 +109,7 @@ class Streaming(Rule):
         self._sent = 0  # fragments of this round
         self._flying = 0  # the fragment that was launched last
         self._moved: int | None = None  # whose z has moved, but x not yet
+        self._settings: list[dict[str, Any]] | None = None  # the outer step's, at that launch
 
     def stepped(self) -> dict[str, Tensor]:
         """z, by fragment and parameter."""
@@ -132,8 +134,9 @@ class Streaming(Rule):
         while self._sent <= last and self._launched_after(self._sent) <= done:
             self._use()
             k = self._sent
-            settings = None if self._step is None else self._step.settings()
-            self.mean.launch(settings, fragment=k, ends_round=k == last)
+            # Those of now: whoever looks at the state lets a fragment land earlier.
+            self._settings = None if self._step is None else self._step.groups()
+            self.mean.launch(self._settings, fragment=k, ends_round=k == last)
             self._flying = k
             if not self.overlaps:
                 self._use()
@@ -164,7 +167,7 @@ class Streaming(Rule):
         if mean is None:
             return
         if self._step is not None:
-            self._step.step(self.mean.landed_pieces(k))
+            self._step.step(self.mean.landed_pieces(k), groups=self._settings)
         else:
             for z, average in zip(self.mean.of(self.z.data, k), mean, strict=True):
                 z.copy_(average)
@@ -181,6 +184,12 @@ class Streaming(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "moved": self._moved, "sent": self._sent}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        if self._step is not None and "outer" not in state:  # version 4 or less
+            self._step.check_momentum()
+            state = {**state, **self._step.state_dict()}
+        super().check_state(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._step is not None and "outer" not in state:  # version 4 or less
