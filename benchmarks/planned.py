@@ -42,7 +42,7 @@ def main() -> None:
         runs, model = {"constant H = 4": RUNS["constant H = 4"]}, "resnet-digits"
     print(f"{model}; medians of {options.repeats}; {options.efficiency:.0%} of the link reached\n")
     print("| replicas | Mbit/s | run | syncs | step, s | predicted, s | measured, s | measured / "
-          "predicted | blocked, predicted | blocked, measured |")  # fmt: skip
+          "predicted | exposed, predicted | exposed, measured |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")
     for replicas in options.replicas:
         batch = ["--total-batch-size", "64", "--physical-batch-size", str(64 // replicas)]
@@ -51,7 +51,7 @@ def main() -> None:
                      "--epochs", "1", "--warmup-epochs", "0", *batch, *flags]  # fmt: skip
             free = [trained(two_hosts(), replicas, given) for _ in range(options.repeats)]
             step = statistics.median(
-                (run["train_seconds"] - run["blocked_seconds"]) / run["step"] for run in free
+                (run["train_seconds"] - run["exposed_seconds"]) / run["step"] for run in free
             )
             for megabits in options.megabits:
                 expected = plan(
@@ -65,11 +65,11 @@ def main() -> None:
                     trained(capped_link(megabits), replicas, given) for _ in range(options.repeats)
                 ]
                 measured = statistics.median(run["train_seconds"] for run in seen)
-                blocked = statistics.median(run["blocked_seconds"] for run in seen)
+                waited = statistics.median(run["exposed_seconds"] for run in seen)
                 print(
                     f"| {replicas} | {megabits:g} | {name} | {seen[0]['syncs']} | {step:.3f} | "
                     f"{predicted:.2f} | {measured:.2f} | {measured / predicted:.3f} | "
-                    f"{exposed:.2f} | {blocked:.2f} |",
+                    f"{exposed:.2f} | {waited:.2f} |",
                     flush=True,
                 )
 

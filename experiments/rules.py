@@ -100,7 +100,7 @@ def measure(rule: str, replicas: int, seed: int) -> dict[str, object]:
         "steps": summary["step"],
         "syncs": summary["syncs"],
         "bytes": summary["bytes"],
-        "exposed": summary["blocked_seconds"],
+        "exposed": summary["exposed_seconds"],
         "hidden": summary["hidden_seconds"],
         "seconds": summary["train_seconds"],
         "commit": environment["commit"],

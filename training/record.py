@@ -461,7 +461,7 @@ class Recorder:
         return {
             "syncs": traffic.syncs,
             "bytes": traffic.bytes,
-            "blocked_seconds": traffic.exposed - self._exposed_before,
+            "exposed_seconds": traffic.exposed - self._exposed_before,
             "hidden_seconds": traffic.hidden - self._hidden_before,
             "seconds": time.perf_counter() - self._started,
         }
@@ -512,7 +512,7 @@ def _table(summary: dict[str, Any], folder: Path, config: Config) -> str:
         "steps": f"{summary['step']:,}",
         "synchronisations": f"{summary['syncs']:,} ({summary['share']:.1%} of the steps)",
         "sent per replica": f"{summary['bytes'] / 1e6:,.1f} MB",
-        "blocked": f"{summary['blocked_seconds']:.1f} s of {summary['train_seconds']:.1f} s",
+        "exposed": f"{summary['exposed_seconds']:.1f} s of {summary['train_seconds']:.1f} s",
         **({"hidden": f"{hidden:.1f} s"} if (hidden := summary["hidden_seconds"]) >= 0.05 else {}),
         "speed": f"{summary['images_per_second']:,.0f} images/s",
         "run folder": str(folder),

@@ -32,7 +32,7 @@ from tests.support.program import Running
 
 RECIPES = ("digits-vit-localadamw-qsr", "digits-resnet-overlap", "digits-resnet-lsgd")
 TIMED = (
-    "seconds", "eval_seconds", "blocked_seconds", "hidden_seconds", "waits", "train_seconds",
+    "seconds", "eval_seconds", "exposed_seconds", "hidden_seconds", "waits", "train_seconds",
     "images_per_second", "wait",
 )  # fmt: skip
 RUN = (

@@ -36,7 +36,7 @@ def val(step: int, **told: Any) -> dict[str, Any]:
 
 def cost(step: int) -> dict[str, float]:
     return {
-        "syncs": step // 4, "bytes": 1_000_000 * (step // 4), "blocked_seconds": 0.01 * step,
+        "syncs": step // 4, "bytes": 1_000_000 * (step // 4), "exposed_seconds": 0.01 * step,
         "hidden_seconds": 0.0, "seconds": 0.1 * step,
     }  # fmt: skip
 
@@ -155,9 +155,18 @@ def test_the_table_says_what_was_recorded(tmp_path: Path) -> None:
             "run": "LocalAdamW, QSR|simplevit-digits on digits, 2 replicas|first",
             "rule": "average", "period": "QSR, α 0.006, H ≥ 4", "H": "4–20",
             "accuracy, %": "90.00", "steps": "80", "syncs": "20", "share, %": "25.0",
-            "sent, MB": "20.0", "blocked, s": "0.8", "images/s": "1,234", "training, s": "7.0",
+            "sent, MB": "20.0", "exposed, s": "0.8", "images/s": "1,234", "training, s": "7.0",
         }
     ]  # fmt: skip
+
+
+def test_a_run_of_before_is_read(tmp_path: Path) -> None:
+    """Exposed seconds were called blocked seconds."""
+    folder = run(tmp_path / "first", whole())
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".jsonl"):
+            file.write_text(file.read_text().replace("exposed_seconds", "blocked_seconds"))
+    assert rows(folder)[0]["exposed, s"] == "0.8"
 
 
 def test_the_curves_are_what_was_recorded(tmp_path: Path) -> None:
@@ -170,7 +179,7 @@ def test_the_curves_are_what_was_recorded(tmp_path: Path) -> None:
     assert drawn["accuracy-seconds"].x.label == "training time, s"
     assert drawn["h"].curves[0].points[0] == (20, 4)
     assert drawn["sent"].curves[0].points[-1:] == near((80, 20))
-    assert drawn["blocked"].y.label == "time, s"
+    assert drawn["exposed"].y.label == "time, s"
     assert not drawn["drift"].curves and "--track-replicas" in drawn["drift"].note
     assert not drawn["hidden"].curves
     words = charts.described(drawn["accuracy-epochs"], runs)

@@ -67,7 +67,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str, 
     timed = (
         "seconds",
         "eval_seconds",
-        "blocked_seconds",
+        "exposed_seconds",
         "hidden_seconds",
         "waits",
         "train_seconds",

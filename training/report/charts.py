@@ -118,7 +118,7 @@ _PROGRESS = (
 )
 _COSTS = (
     ("bytes", "sent", "Sent per replica", "Nothing was sent."),
-    ("blocked_seconds", "blocked", "Blocked by communication", "Nothing was blocked."),
+    ("exposed_seconds", "exposed", "Exposed communication", "Training waited for none."),
     ("hidden_seconds", "hidden", "Hidden behind training", "Nothing travelled behind training."),
 )
 

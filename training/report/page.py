@@ -82,7 +82,7 @@ def columns(runs: Sequence[Run]) -> list[Column]:
         Column("syncs", "", lambda run: _figure(run.last("syncs"), 1, 0)),
         Column("share", "%", lambda run: _figure(share(run), 100, 1)),
         Column("sent", unit, lambda run: _figure(run.last("bytes"), factor, 1)),
-        Column("blocked", "s", lambda run: _figure(run.last("blocked_seconds"), 1, 1)),
+        Column("exposed", "s", lambda run: _figure(run.last("exposed_seconds"), 1, 1)),
         *([hidden] if any((run.last("hidden_seconds") or 0) >= 0.05 for run in runs) else []),
         Column("images/s", "", lambda run: _figure(run.last("images_per_second"), 1, 0)),
         Column("training", "s", lambda run: _figure(run.last("train_seconds"), 1, 1)),

@@ -129,7 +129,11 @@ def _mapping(text: str) -> dict[str, Any] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    if "blocked_seconds" in value:  # what it was called in runs of before
+        value["exposed_seconds"] = value.pop("blocked_seconds")
+    return value
 
 
 def _told_last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
