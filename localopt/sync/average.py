@@ -73,8 +73,7 @@ class Average(Rule):
             self.in_place.mean_()
         else:
             with self.change.mean_change(self.z):
-                for z, x in zip(self.z.data, self.replica.flat.params, strict=True):
-                    x.copy_(z.sub_(x))
+                follow_(self.replica.flat.params, self.z.data)
         self.replicas_agree = True
         self._reset_state()
 
@@ -120,3 +119,9 @@ class Average(Rule):
             raise ValueError(
                 f"the inner optimizer's state has no field {field!r}; it has {sorted(known)}"
             )
+
+
+def follow_(x: Sequence[Tensor], z: Sequence[Tensor]) -> None:
+    """z ← z - Δ, x ← z, where x holds the mean of the changes Δ = z - x_i."""
+    for mine, start in zip(x, z, strict=True):
+        mine.copy_(start.sub_(mine))

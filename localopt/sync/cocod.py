@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .rule import Rule
 
@@ -48,8 +50,7 @@ class CoCoDSGD(Rule):
     def land(self) -> None:
         mean = self.mean.land()
         if mean is not None:
-            for s, average in zip(self.s.data, mean, strict=True):
-                torch.sub(average.to(s.dtype), s, out=s)
+            correction_(self.s.data, mean)
             self._corrects = True
 
     def finish(self) -> None:
@@ -67,3 +68,9 @@ class CoCoDSGD(Rule):
         super().load_state_dict(state)
         # Replicas that agree, as those of a merged state do, have nothing to correct.
         self._corrects = state["corrects"] and not state["replicas_agree"]
+
+
+def correction_(s: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
+    """s_i ← mean(s) - s_i: with that added, x_i = mean(s) + (x_i - s_i)."""
+    for own, average in zip(s, mean, strict=True):
+        torch.sub(average.to(own.dtype), own, out=own)

@@ -94,8 +94,7 @@ class EASGD(Rule):
 
     def _move_centre(self, mean: Sequence[Tensor] | None) -> None:
         if mean is not None:
-            for z, average in zip(self.z.data, mean, strict=True):
-                z.lerp_(average.to(z.dtype), self.b)
+            move_centre_(self.z.data, mean, self.b)
 
     @torch.no_grad()
     def enter_consensus(self) -> None:
@@ -108,6 +107,12 @@ class EASGD(Rule):
         self.in_place.mean_(Kind.FINISH, ends_round=self.replica.round.open)
         self.z.write_to(self.replica.flat.params)
         self.replicas_agree = True
+
+
+def move_centre_(z: Sequence[Tensor], mean: Sequence[Tensor], beta: float) -> None:
+    """z ← z + β (x̄ - z), tensors of one layout; x̄ perhaps of a narrower type."""
+    for centre, average in zip(z, mean, strict=True):
+        centre.lerp_(average.to(centre.dtype), beta)
 
 
 def _check_strengths(alpha: float, beta: float) -> None:

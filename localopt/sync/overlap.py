@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..flat import pull_
 from .rule import Rule
@@ -87,10 +89,7 @@ class OverlapLocalSGD(Rule):
         mean = self.mean.land()
         if mean is None:
             return
-        for z, v, average in zip(self.z.data, self.v.data, mean, strict=True):
-            # v points from the anchor to the mean, in units of γ.
-            v.mul_(self.beta).add_(average.to(z.dtype) - z, alpha=1 / self._gamma)
-            z.add_(v, alpha=self._gamma)
+        move_anchor_(self.z.data, self.v.data, mean, self.beta, self._gamma)
 
     def finish(self) -> None:
         """Make the replicas equal to their mean; the anchor goes on from there."""
@@ -107,3 +106,15 @@ class OverlapLocalSGD(Rule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._pulled = state.get("pulled", False) and not state["replicas_agree"]
+
+
+def move_anchor_(
+    z: Sequence[Tensor], v: Sequence[Tensor], mean: Sequence[Tensor], beta: float, gamma: float
+) -> None:
+    """v ← β v + (x̄ - z)/γ;  z ← z + γ v, tensors of one layout; x̄ perhaps of a narrower type.
+
+    With γ = 1 that is the anchor's step without normalisation. v points from z to x̄.
+    """
+    for anchor, momentum, average in zip(z, v, mean, strict=True):
+        momentum.mul_(beta).add_(average.to(anchor.dtype) - anchor, alpha=1 / gamma)
+        anchor.add_(momentum, alpha=gamma)
