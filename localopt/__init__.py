@@ -16,10 +16,10 @@ from .errors import (
 )
 from .faults.watch import Watch
 from .local import LocalAdamW, LocalSGD
-from .meeting import SyncReport
 from .merge import merged
 from .optimizer import LocalOptimizer
 from .period import QSR, SWAP, Constant, Period, PostLocal, PowerRule
+from .report import SyncReport
 from .sync import (
     BMUF,
     EASGD,

@@ -214,7 +214,7 @@ class CommOptimizer(LocalOptimizer):
         self._open_round()
         self._replica.round.start_at(self._opened_at + self.h)
         self.sync.end_round()
-        self._replica.meeting.show_landed()
+        self._replica.meeting.reports.show_landed()
         self._replica.end_round()
 
     def _open_round(self) -> None:

@@ -12,7 +12,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,29 +25,9 @@ from .errors import CollectiveError, NonFiniteError, ReplicaMismatchError, SyncE
 from .faults import control
 from .flat import Flat, square_norm, total
 from .header import Header, Kind
+from .report import Reports, waits_of
 from .round import Round
 from .traffic import Count, Meter
-
-
-@dataclass(frozen=True)
-class SyncReport:
-    """What the replicas reported at a synchronisation; equal on all ranks that took part.
-
-    Attributes:
-        step: local steps finished when it was begun.
-        h: H of the round that it ended; `finish` may have cut it short.
-        drift: spread of the replicas then, sqrt((1/m) Σ_i |x_i - x̄|²); None if not tracked.
-        losses: by rank, mean training loss of the round; NaN where none was recorded.
-        waits: by rank, seconds it was idle for the slowest rank.
-
-    Under a rule that averages in groups, ranks of other groups have NaN.
-    """
-
-    step: int
-    h: int
-    drift: float | None
-    losses: list[float]
-    waits: list[float]
 
 
 @dataclass(eq=False)
@@ -87,7 +67,7 @@ class Meeting:
 
     Attributes:
         meter: bytes and seconds.
-        report: of the last synchronisation.
+        reports: of the synchronisations, the last one in `reports.last`.
         identity: the optimizer's number among those of the group.
         uneven: who has made how many backward passes in the last round, where that differs.
         alike: whether all replicas were equal bit for bit at the end of a round of several steps.
@@ -109,9 +89,7 @@ class Meeting:
         self._round, self._flat, self._inner = round_, flat, inner
         self.check_finite, self.track_drift = check_finite, track_drift
         self.meter = Meter(flat.device, collective.world_size)
-        self.report: SyncReport | None = None
-        self._landed: SyncReport | None = None
-        self._square_spread = 0.0
+        self.reports = Reports(collective.world_size)
         self.uneven: dict[int, int] = {}
         self.alike = self._perhaps_alike = False
         self._siblings = _of_group(_built, collective)
@@ -159,7 +137,7 @@ class Meeting:
         self._refuse_non_finite(seen[-1], met[-1])
         headers_.check_start(seen[-1])
         if count == "round":
-            self.report = self._report(seen[-1], None)
+            self.reports.of_meeting(seen[-1])
         return seen
 
     def _exchange(
@@ -358,69 +336,23 @@ class Meeting:
         """This rank and its step, for people."""
         return f"rank {self.collective.rank}: the synchronisation at step {self._round.step}"
 
-    # The report.
-
-    def _report(self, headers: Mapping[int, Header], drift: float | None) -> SyncReport:
-        first, waits = next(iter(headers.values())), waits_of(headers)
-        ranks = range(self.collective.world_size)
-        losses = [headers[rank].loss if rank in headers else math.nan for rank in ranks]
-        return SyncReport(
-            first.step, first.h, drift, losses, [waits.get(rank, math.nan) for rank in ranks]
-        )
-
-    def report_spread(self, headers: Mapping[int, Header], mean_square_norm: float) -> None:
-        """Add the spread to the report of the meeting that has just been held."""
-        if self.report is not None:
-            drift = headers_.spread(headers, mean_square_norm)
-            self.report = replace(self.report, drift=drift)
-
-    def report_landed(
-        self, headers: Mapping[int, Header], mean_square_norm: float | None, *, ends_round: bool
-    ) -> None:
-        """Report what has landed; parts' spreads add up to that of the whole."""
-        if mean_square_norm is not None:
-            self._square_spread += headers_.spread(headers, mean_square_norm) ** 2
-        if ends_round:
-            whole = None if mean_square_norm is None else math.sqrt(self._square_spread)
-            self._landed = self._report(headers, whole)
-            self._square_spread = 0.0
-
-    def show_landed(self) -> None:
-        """`report` is now of what has landed last, if anything has: not as soon as it lands, for a
-        look at the state or at the consensus lets it land early."""
-        if self._landed is not None:
-            self.report = self._landed
-
     # State.
 
     def relayout(self, flat: Flat) -> None:
         """Go on with another layout of the memory."""
         self._flat = flat
 
-    def start_over(self) -> None:
-        """As if no step had been made."""
-        self._square_spread = 0.0
-
     def forget_others(self) -> None:
         """Drop what came from ranks that are not those of now."""
         self.meter.forget_waits()
-        self.report = self._landed = None
+        self.reports.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        reports = {"report": self.report, "landed_report": self._landed}
-        return {
-            "_square_spread": self._square_spread,
-            **{key: None if report is None else asdict(report) for key, report in reports.items()},
-            "traffic": self.meter.state_dict(),
-        }
+        return {**self.reports.state_dict(), "traffic": self.meter.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self._square_spread = state["_square_spread"]
-        self.report, self._landed = (
-            None if state[key] is None else SyncReport(**state[key])
-            for key in ("report", "landed_report")
-        )
+        self.reports.load_state_dict(state)
         self.meter.load_state_dict(state["traffic"])
 
 
@@ -428,12 +360,6 @@ def modes_of(inner: Optimizer) -> list[tuple[dict[str, Any], Any]]:
     """Where an optimizer with two modes keeps which one it is in, and which that is now."""
     homes = [vars(inner), *inner.param_groups]
     return [(home, home["train_mode"]) for home in homes if "train_mode" in home]
-
-
-def waits_of(headers: Mapping[int, Header]) -> dict[int, float]:
-    """Seconds that each rank was idle for the one that was busy longest."""
-    slowest = max(header.busy for header in headers.values())
-    return {rank: slowest - header.busy for rank, header in headers.items()}
 
 
 def few(names: list[str]) -> str:

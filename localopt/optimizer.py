@@ -32,8 +32,9 @@ from .elsewhere import warning_of
 from .faults import control
 from .flat import Flat, entries_of
 from .header import Kind
-from .meeting import SyncReport, modes_of
+from .meeting import modes_of
 from .replica import Replica
+from .report import SyncReport
 from .saved import KEY, STATE_VERSION, check_own, check_whole, has_state, own_state, without_own
 from .sync import Average, Rule
 from .traffic import Traffic
@@ -242,7 +243,7 @@ class LocalOptimizer(Around):
         Where the collective runs behind training, it is of the synchronisation before that, for
         that is the last one that has arrived.
         """
-        return self._replica.meeting.report
+        return self._replica.meeting.reports.last
 
     @property
     def drift(self) -> float | None:
@@ -326,7 +327,7 @@ class LocalOptimizer(Around):
         replica, clock, meeting = self._replica, self._replica.round, self._replica.meeting
         replica.flat.check_pointers()  # before the rule pulls what lives there no more
         self.sync.end_round()
-        meeting.show_landed()
+        meeting.reports.show_landed()
         replica.end_round(next_loss=True)  # recorded before what was owed
         if meeting.uneven:
             self._warn_once(

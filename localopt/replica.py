@@ -217,4 +217,4 @@ class Replica:
     def start_over(self) -> None:
         """Go back to step 0, as if no step had been made."""
         self.round.start_over()
-        self.meeting.start_over()
+        self.meeting.reports.start_over()

@@ -17,8 +17,9 @@ from .errors import ReplicaMismatchError, SyncError
 from .flat import Memory, Vector, square_norm
 from .fragments import Fragments
 from .header import Header, Kind
-from .meeting import Exchange, waits_of
+from .meeting import Exchange
 from .replica import Replica
+from .report import waits_of
 from .traffic import Count
 
 
@@ -81,7 +82,7 @@ class InPlace:
                 if saved is not None:
                     replica.restore(saved)
         if not ends_round and kind is Kind.FINISH:
-            replica.meeting.show_landed()
+            replica.meeting.reports.show_landed()
 
     @contextmanager
     def mean_change(
@@ -120,7 +121,7 @@ class InPlace:
         meeting.meter.count("part" if count == "round" else count, sent, started)
         replica.buffers.scatter(replica.flat.views)
         if count == "round" and meeting.track_drift:
-            meeting.report_spread(headers, replica.flat.square_norm())
+            meeting.reports.add_spread(headers, replica.flat.square_norm())
 
 
 class Compressed:
@@ -369,7 +370,7 @@ class Copied:
             meeting.check_finite_landed(headers, lambda: self._non_finite(flight))
             meeting.meter.count_waits(waits_of(headers))
         norm = self._mean_norm(flight) if meeting.track_drift else None
-        meeting.report_landed(headers, norm, ends_round=flight.ends_round)
+        meeting.reports.of_landing(headers, norm, ends_round=flight.ends_round)
         self._flight = None
         return flight.sent.params if flight.fragment is None else self._cut.mean(flight.fragment)
 
@@ -443,7 +444,7 @@ def report_spread(replica: Replica, headers: Mapping[int, Header], level: Collec
     """The spread where no mean is at hand. Collective, but only where drift is tracked."""
     if replica.meeting.track_drift:
         norm = mean_square_norm(replica, replica.flat.params, level)
-        replica.meeting.report_spread(headers, norm)
+        replica.meeting.reports.add_spread(headers, norm)
 
 
 @torch.no_grad()
