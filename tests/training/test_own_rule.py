@@ -51,18 +51,19 @@ class Halves(Rule):
     pull: float
     towards: Literal["mean"] = "mean"
 
-    def sends(self, parameters: int, beside: int, itemsize: int) -> list[Sending]:
+    def sends(self, parameters: int, extra: int, itemsize: int) -> list[Sending]:
         return [Sending("all_reduce", parameters // 2 * itemsize)]
 
     def attach(self, replica: Any) -> None:
         super().attach(replica)
-        replica.use_fragments(2)
+        self.mean = self.mean_of_copies(fragments=2)
 
     @torch.no_grad()
     def end_round(self) -> None:
-        half = self.replica.round % 2
-        mean = self.replica.mean(fragment=half, ends_round=True)
-        pull_(self.replica.fragments.of(self.replica.flat.params, half), mean, self.pull)
+        half = self.replica.round.number % 2
+        self.mean.launch(fragment=half)
+        mean = self.mean.land()
+        pull_(self.mean.of(self.replica.flat.params, half), mean, self.pull)
         self.replicas_agree = False
 
 
