@@ -20,7 +20,6 @@ from .flat import Flat
 from .header import Header, Kind
 from .meeting import Meeting, few
 from .round import Round
-from .traffic import Count
 
 
 class Replica:
@@ -86,22 +85,11 @@ class Replica:
         self.meeting.meter.count_start(sent, started)
 
     def meet(
-        self,
-        kind: Kind = Kind.SYNC,
-        levels: Sequence[Collective] | None = None,
-        *,
-        count: Count = "round",
-        settings: object = (),
-        own: Sequence[Tensor] | None = None,
-        square_norm: float | None = None,
-        believed_equal: bool = False,
+        self, kind: Kind = Kind.SYNC, levels: Sequence[Collective] | None = None, **options: Any
     ) -> list[dict[int, Header]]:
         """`Meeting.meet`, of a replica that is whole: it comes before all that moves."""
         self.check_usable()
-        return self.meeting.meet(
-            kind, levels, count=count, settings=settings, own=own, square_norm=square_norm,
-            believed_equal=believed_equal,
-        )  # fmt: skip
+        return self.meeting.meet(kind, levels, **options)
 
     def check_usable(self) -> None:
         """Raise `SyncError` if the parameters are lost, `RuntimeError` if they were moved."""
