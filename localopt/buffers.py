@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .collective import Collective
-from .flat import Entry
+from .entry import Entry
 
 BufferPolicy = Literal["keep", "average", "broadcast"]
 

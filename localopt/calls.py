@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -12,21 +14,55 @@ if TYPE_CHECKING:
     from .optimizer import LocalOptimizer
 
 
-def one_at_a_time(call: Callable[..., Any], name: str = "") -> Callable[..., Any]:
-    """``call``, of a ``name`` of its own or another, refused while another thread is in one."""
+class Calls:
+    """The call that is being made; while it is, other threads may make none.
 
-    name = name or call.__name__
+    Args:
+        rank: of this process, for errors.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._lock, self._name = rank, threading.RLock(), ""
+
+    def begin(self, name: str) -> str:
+        """Begin the call ``name``; return the one that it is made in.
+
+        Raises:
+            RuntimeError: if another thread is in a call.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"{name}() on rank {self._rank}, while another thread is in {self._name}(): call "
+                "it from the thread that trains, between steps"
+            )
+        outer, self._name = self._name, name
+        return outer
+
+    def end(self, outer: str) -> None:
+        """End a call; ``outer`` is what `begin` returned."""
+        self._name = outer
+        self._lock.release()
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """In here the call ``name`` is being made."""
+        outer = self.begin(name)
+        try:
+            yield
+        finally:
+            self.end(outer)
+
+
+def one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, refused while another thread is in one."""
 
     @functools.wraps(call)
     def guarded(self: LocalOptimizer, *args: Any, **kwargs: Any) -> Any:
-        if not self._busy.acquire(blocking=False):
-            self._refuse_thread(name)
-        outer, self._caller = self._caller, name
+        outer = self._calls.begin(call.__name__)
         try:
             return call(self, *args, **kwargs)
         finally:
-            self._caller = outer
-            self._busy.release()
+            self._calls.end(outer)
 
     return guarded
 

@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 
 import torch.distributed as dist
-from torch import nn
 from torch.optim import Optimizer
 
 from .collective import Collective
 from .environment import announced_ranks
-from .errors import LayoutMismatchError, ranks_text
-from .faults import control
-from .flat import bits_of
 from .sync import Rule
-
-
-def named_parameters(inner: Optimizer, model: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
-    """The optimizer's parameters, each once, with the best names there are."""
-    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-    named: dict[int, tuple[str, nn.Parameter]] = {}
-    for g, group in enumerate(inner.param_groups):
-        given = group.get("param_names") or [f"group{g}.{i}" for i in range(len(group["params"]))]
-        for name, p in zip(given, group["params"], strict=True):
-            named.setdefault(id(p), (names.get(id(p), name), p))
-    return list(named.values())
-
-
-def homes_of(
-    model: nn.Module | None, owned: set[int]
-) -> list[tuple[str, dict[str, nn.Parameter | None], str, nn.Parameter]]:
-    """Where the model keeps the parameters whose ids are ``owned``: looking there is cheap."""
-    return [
-        (f"{prefix}.{key}" if prefix else key, module._parameters, key, p)
-        for prefix, module in (model.named_modules() if model is not None else ())
-        for key, p in module._parameters.items()
-        if p is not None and id(p) in owned
-    ]
-
-
-def described(what: object) -> str:
-    """A text equal on all ranks for equal periods or rules: some print their address."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(what))
 
 
 def check_inner(inner: Optimizer, period: Callable[[int, float], int]) -> None:
@@ -85,25 +51,4 @@ def check_modes(inner: Optimizer, sync: Rule, collective: Collective) -> None:
             "state, which each replica has of its own, and replicas that agree in train() would "
             "not in eval(). Average that state as well, for schedule-free optimizers with "
             'sync=Average(state_fields=("z",))'
-        )
-
-
-def check_order(
-    collective: Collective, inner: Optimizer, named: list[tuple[str, nn.Parameter]]
-) -> None:
-    """Raise if a rank has the parameters in another order, as their initial values show it."""
-    if collective.world_size == 1 or any("param_names" in g for g in inner.param_groups):
-        return
-    values = json.dumps([bits_of(p.detach()) for _, p in named])
-    of_ranks = [json.loads(text) for text in control.gather(collective, values)]
-    odd = [
-        rank
-        for rank, theirs in enumerate(of_ranks)
-        if theirs != of_ranks[0] and sorted(theirs) == sorted(of_ranks[0])
-    ]
-    if odd:
-        raise LayoutMismatchError(
-            f"{ranks_text(odd)} of {collective.world_size} gave the parameters in another order "
-            "than rank 0: their initial values are the same, in another order. Give model=, or the "
-            "parameters in one order"
         )

@@ -279,23 +279,38 @@ class Collective:
         sent = shards.nbytes * (self.world_size - 1) // self.world_size
         if gloo:
             got[self.rank] = held[self.rank]
-            others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
-            launches = [partial(self._receive, got[j], j, _TAG + number) for j in others]
-            launches += [partial(self._send, held[j], j, _TAG + number) for j in others]
+            launches = self._messages(lambda j: held[j], got, _TAG + 2 * number)
         else:
             exchange = partial(dist.all_to_all_single, group=self.group, async_op=True)
             launches = [partial(exchange, got, held)]
         return lambda: got.to(shards.device), Pending(launches, sent)
 
-    def start_gather_shards_(self, shards: Tensor) -> Pending:
-        """Replace row j of ``shards`` (m, n) by rank j's row j, in place."""
+    def start_gather_shards_(self, shards: Tensor, number: int = 0) -> Pending:
+        """Replace row j of ``shards`` (m, n) by rank j's row j, in place.
+
+        ``number`` is that of this one among those that are on their way.
+        """
         if self.world_size == 1:
             return Pending([], 0)
+        sent = shards.nbytes * (self.world_size - 1) // self.world_size
+        if dist.get_backend(self.group) == "gloo" and shards.device.type == "cpu":
+            mine = shards[self.rank]  # gloo's own all_gather copies all of it twice
+            return Pending(self._messages(lambda _: mine, shards, _TAG + 2 * number + 1), sent)
         # Its name since torch 2.13, and before.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        mine = shards[self.rank].clone()
-        launch = partial(gather, shards.view(-1), mine, group=self.group, async_op=True)
-        return Pending([launch], shards.nbytes * (self.world_size - 1) // self.world_size)
+        launch = partial(
+            gather, shards.view(-1), shards[self.rank].clone(), group=self.group, async_op=True
+        )
+        return Pending([launch], sent)
+
+    def _messages(
+        self, sent: Callable[[int], Tensor], got: Tensor, tag: int
+    ) -> list[Callable[[], dist.Work]]:
+        """What launches a message to each other rank j, ``sent`` (j), and one from it into
+        ``got[j]``."""
+        others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
+        launches = [partial(self._receive, got[j], j, tag) for j in others]
+        return launches + [partial(self._send, sent(j), j, tag) for j in others]
 
 
 # The groups that several optimizers share, as long as the group that they were made from is there.

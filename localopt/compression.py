@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .collective import Collective
 
-PIECE = 2**17  # elements that are looked at at once: what that takes in memory stays in the cache
+PIECE = 2**19  # elements that are looked at at once: what that takes in memory stays in the cache
 TRAVELS = 2**21  # elements that travel at once, while others are encoded
+
+
+def _nothing(start: int, end: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,15 @@ class Codec(ABC):
     def decode(self, wire: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers (n,) that ``wire`` stands for: the same bits on every rank."""
 
-    def send_(self, x: Tensor, wire: Tensor) -> None:
-        """Write ``x`` to ``wire``, and leave in ``x`` what the bytes lose of it."""
+    def send_(self, x: Tensor, wire: Tensor, fill: Callable[[int, int], None] = _nothing) -> None:
+        """Write ``x`` to ``wire``, and leave in ``x`` what the bytes lose of it.
+
+        ``fill`` is called with the first and last element + 1 of what is about to be read.
+        """
+        start = 0
         for piece, part in self._pieces(x, wire):
+            fill(start, start + len(piece))
+            start += len(piece)
             whole = self._whole(piece)
             self.encode(whole, part)
             piece.sub_(self.decode(part, x.dtype)[: len(piece)])
@@ -63,7 +74,7 @@ class Codec(ABC):
 
     def _pieces(self, x: Tensor, wire: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         start = 0
-        elements = PIECE if x.device.type == "cpu" else 64 * PIECE  # or a GPU would launch too much
+        elements = PIECE if x.device.type == "cpu" else 16 * PIECE  # or a GPU would launch too much
         for piece in x.split(-(-elements // self.block) * self.block):
             end = start + self.size(len(piece) + -len(piece) % self.block)
             yield piece, wire[start:end]
@@ -151,6 +162,7 @@ class CompressedMean:
         means: where the means are written, of the same shapes.
         collective: the ranks.
         codec: C.
+        starts: z, for the mean of d + z - x, where ``means`` hold x.
 
     Attributes:
         bytes: that this rank sends: 2 (m - 1) / m of the compressed numbers, whatever m is.
@@ -162,15 +174,18 @@ class CompressedMean:
         means: Sequence[Tensor],
         collective: Collective,
         codec: Codec,
+        starts: Sequence[Tensor] | None = None,
     ) -> None:
+        tensors = (changes, means) if starts is None else (changes, means, starts)
         pieces = (
-            pair
-            for d, mean in zip(changes, means, strict=True)
-            for pair in zip(d.split(TRAVELS), mean.split(TRAVELS), strict=True)
-            if len(d)  # else: a type that only buffers have
+            piece
+            for buffer in zip(*tensors, strict=True)
+            for piece in zip(*(x.split(TRAVELS) for x in buffer), strict=True)
+            if len(buffer[0])  # else: a type that only buffers have
         )
         self._pieces = [
-            _Piece(d, mean, collective, codec, number) for number, (d, mean) in enumerate(pieces)
+            _Piece(*piece, collective=collective, codec=codec, number=number)
+            for number, piece in enumerate(pieces)
         ]
         self.bytes = sum(piece.bytes for piece in self._pieces)
 
@@ -194,10 +209,17 @@ class _Piece:
     """A piece of a tensor: `start`, `send_mean` and `finish`, in this order."""
 
     def __init__(
-        self, d: Tensor, mean: Tensor, collective: Collective, codec: Codec, number: int
+        self,
+        d: Tensor,
+        mean: Tensor,
+        z: Tensor | None = None,
+        *,
+        collective: Collective,
+        codec: Codec,
+        number: int,
     ) -> None:
-        self._d, self._mean, self._collective, self._codec = d, mean, collective, codec
-        self._number = number
+        self._d, self._mean, self._z = d, mean, z
+        self._collective, self._codec, self._number = collective, codec, number
         m = collective.world_size
         blocks = -(-len(d) // codec.block)
         size = -(-blocks // m) * codec.block
@@ -207,15 +229,25 @@ class _Piece:
 
     def start(self) -> None:
         """Send the other ranks their shards."""
+        rank = self._collective.rank
+        self._fill(0, *self._ends[rank : rank + 2])
         if self._collective.world_size == 1:
             return
-        rank = self._collective.rank
-        wires = torch.zeros(self._shape, dtype=torch.uint8, device=self._d.device)
+        wires = torch.empty(self._shape, dtype=torch.uint8, device=self._d.device)
+        if len(self._d) < self._ends[1] * len(wires):
+            wires.zero_()  # nothing is written behind the last one's end
         for i, shard in enumerate(self._shards()):
             if i != rank:
-                self._codec.send_(shard, wires[i])
+                self._codec.send_(shard, wires[i], partial(self._fill, self._ends[i]))
         received, exchanged = self._collective.start_exchange_shards(wires, self._number)
         self._wires, self._received, self._exchanged = wires, received, exchanged
+
+    def _fill(self, first: int, start: int, end: int) -> None:
+        """d ← d + z - x, for the elements ``start`` to ``end`` behind the ``first``."""
+        if self._z is not None:
+            part = slice(first + start, first + end)
+            d, z, x = self._d[part], self._z[part], self._mean[part]
+            d.add_(z.to(x.dtype)).sub_(x)
 
     def _shards(self) -> list[Tensor]:
         return [self._d[a:b] for a, b in itertools.pairwise(self._ends)]
@@ -232,7 +264,7 @@ class _Piece:
                 codec.receive_(mine, received[i], add=True)
         codec.send_(mine.div_(m), self._wires[rank])
         mine.mul_(m)
-        self._sent_on = self._collective.start_gather_shards_(self._wires)
+        self._sent_on = self._collective.start_gather_shards_(self._wires, self._number)
 
     def finish(self) -> None:
         """Wait for the mean, and write it."""

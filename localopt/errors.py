@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 
@@ -32,3 +33,16 @@ class AbsentRankError(SyncError):
 def ranks_text(ranks: Sequence[int]) -> str:
     """One as "rank 3", several as "ranks 0, 1, 2"."""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+class Warnings:
+    """Warnings that name the rank, and are given once each."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._given = rank, set[str]()
+
+    def once(self, about: str, text: str) -> None:
+        """Warn, unless this has been warned of before."""
+        if about not in self._given:
+            self._given.add(about)
+            warnings.warn(f"rank {self._rank}: {text}", stacklevel=6)

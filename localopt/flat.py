@@ -12,44 +12,16 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .entry import Entry, entries_of
+from .vector import Vector
+
 ALIGNMENT = 64  # bytes: a cache line, and what vectorised kernels like best
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the layout: name, shape, strides (in elements), type and device."""
-
-    name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    from_rank0: bool = False
-
-    @classmethod
-    def like(cls, name: str, tensor: Tensor, *, from_rank0: bool = False) -> Entry:
-        """The entry for a dense tensor of the shape, strides, type and device of ``tensor``."""
-        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-        if not _dense(shape, stride):
-            raise ValueError(
-                f"{name}: shape {shape} with strides {stride} overlaps itself or has holes; "
-                "call .contiguous() on it before building the optimizer"
-            )
-        return cls(name, shape, stride, tensor.dtype, tensor.device, from_rank0)
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    def __str__(self) -> str:
-        return f"{self.name}: shape {self.shape}, strides {self.stride}, {self.dtype}"
 
 
 @dataclass(eq=False)
@@ -161,8 +133,7 @@ class Flat(Memory):
         extra, world_size: as for `Memory`.
 
     Raises:
-        ValueError: if a parameter is not dense, not floating-point, not materialised, sharded,
-            or overlaps another in memory.
+        ValueError: as `entries_of`.
     """
 
     def __init__(
@@ -221,74 +192,8 @@ class Flat(Memory):
         ]
 
     def vector(self, *, wide: bool) -> Vector:
-        """A number for each element of the parameters: zeros."""
+        """Zeros, one for each element of the parameters."""
         return Vector(self._layout[0], self._starts, self.params, wide=wide)
-
-
-class Vector:
-    """What a rule keeps for each element of the parameters (an anchor, a momentum).
-
-    Args:
-        entries, starts: where the parameters are.
-        like: the parameters' part of the flat buffers.
-        wide: whether parameters of 16 bits have theirs in float32, so that small updates to it are
-            not lost.
-
-    Attributes:
-        data: as the parameters' part of the flat buffers: one tensor (n,) per buffer.
-        views: by the parameter's name, in its shape.
-    """
-
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        starts: Sequence[dict[str, int]],
-        like: Sequence[Tensor],
-        *,
-        wide: bool,
-    ) -> None:
-        self.wide = wide
-        types = [torch.promote_types(x.dtype, torch.float32) if wide else x.dtype for x in like]
-        self.data = [torch.zeros_like(x, dtype=t) for x, t in zip(like, types, strict=True)]
-        homes = {name: (data, at[name]) for data, at in zip(self.data, starts, strict=True)
-                  for name in at}  # fmt: skip
-        self.views = {
-            e.name: data.as_strided(e.shape, e.stride, start)
-            for e in entries
-            for data, start in (homes[e.name],)
-        }
-
-    def copy_(self, source: Sequence[Tensor]) -> None:
-        """Take the values of other tensors of this layout."""
-        for mine, x in zip(self.data, source, strict=True):
-            mine.copy_(x)
-
-    def write_to(self, target: Sequence[Tensor]) -> None:
-        """Give other tensors of this layout these values."""
-        for mine, x in zip(self.data, target, strict=True):
-            x.copy_(mine)
-
-    def equals(self, other: Sequence[Tensor]) -> bool:
-        """Whether tensors of this layout hold the same values. Cost: one host sync each."""
-        return all(torch.equal(z.to(x.dtype), x) for z, x in zip(self.data, other, strict=True))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies, by the parameter's name."""
-        return {name: view.clone() for name, view in self.views.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the values of the parameters named in ``state``.
-
-        Raises:
-            ValueError: if one has another shape here.
-        """
-        for name, saved in state.items():
-            if name not in self.views or self.views[name].shape != saved.shape:
-                raise ValueError(
-                    f"the state to load has parameter {name} of shape {tuple(saved.shape)}, which "
-                    "this optimizer does not have"
-                )
-            self.views[name].copy_(saved)
 
 
 def _own_storage(part: Tensor) -> Tensor:
@@ -334,70 +239,6 @@ def _sampled(spans: Sequence[tuple[str, int, int]]) -> list[int]:
     ]
 
 
-def entries_of(named: Sequence[tuple[str, nn.Parameter]], extra: Sequence[Entry]) -> list[Entry]:
-    """The entries of parameters that can live in flat buffers, next to what is ``extra``.
-
-    Raises:
-        ValueError: as `Flat` does.
-    """
-    _refuse_odd_parameters(named)
-    own = [Entry.like(name, p) for name, p in named]
-    _refuse_equal_names([*own, *extra])
-    return own
-
-
-def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether the strides place the elements side by side, in some order of the dimensions."""
-    expected = 1
-    for step, size in sorted((st, sz) for st, sz in zip(stride, shape, strict=True) if sz != 1):
-        if size == 0:
-            return True
-        if step != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _refuse_odd_parameters(params: Sequence[tuple[str, nn.Parameter]]) -> None:
-    if not params:
-        raise ValueError("the optimizer has no parameters")
-    spans = []
-    for name, p in params:
-        reason = _odd(p)
-        if reason:
-            raise ValueError(f"parameter {name} {reason}")
-        spans.append((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name))
-    # Disjoint slices of one storage are fine (cuDNN lays an LSTM's weights out like that).
-    spans = sorted(span for span in spans if span[0] < span[1])
-    for (_, end, name), (start, _, other) in itertools.pairwise(spans):
-        if start < end:
-            raise ValueError(
-                f"parameters {name} and {other} are distinct but share storage: tie them as one "
-                "Parameter, or clone one of them"
-            )
-
-
-def _refuse_equal_names(entries: Sequence[Entry]) -> None:
-    counts = Counter(entry.name for entry in entries)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise ValueError(f"distinct parameters have the same name {twice[0]}: name them apart")
-
-
-def _odd(p: nn.Parameter) -> str | None:
-    if isinstance(p, nn.parameter.UninitializedParameter):
-        return "has no shape yet: run one forward pass before building the optimizer"
-    if hasattr(p, "device_mesh"):
-        return "is sharded (DTensor): local methods need the whole parameter on every replica"
-    if p.device.type == "meta":
-        return "is on the meta device: materialise the model before building the optimizer"
-    if p.layout != torch.strided:
-        return f"has the layout {p.layout}: only dense parameters can be averaged"
-    if not p.dtype.is_floating_point or p.dtype.itemsize < 2:
-        return f"is {p.dtype}: only 16, 32 and 64-bit floating-point parameters can be averaged"
-    return None
-
-
 def square_norm(tensors: Sequence[Tensor]) -> float:
     """Their squared norm, accumulated in float64. Cost: one host sync each."""
     return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64) ** 2) for x in tensors)
@@ -412,15 +253,6 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).to(device) for x in tensors]
     return torch.stack([s.double() for s in sums]).sum()
-
-
-def float_entries(named: Iterable[tuple[str, Tensor]], *, from_rank0: bool) -> list[Entry]:
-    """Contiguous entries for the floating-point tensors among ``named``."""
-    return [
-        Entry.like(name, t.new_empty(t.shape), from_rank0=from_rank0)
-        for name, t in named
-        if t.dtype.is_floating_point
-    ]
 
 
 def pull_(x: Sequence[Tensor], z: Sequence[Tensor], weight: float) -> None:

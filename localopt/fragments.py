@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .flat import Entry, Flat, Memory
+from .entry import Entry
+from .flat import Flat, Memory
 
 
 class Fragments:

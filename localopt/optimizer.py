@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,26 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .around import Around
-from .buffers import BufferPolicy, Buffers
-from .calls import one_at_a_time, with_own_hooks
-from .checks import (
-    check_group,
-    check_inner,
-    check_modes,
-    check_order,
-    described,
-    homes_of,
-    named_parameters,
-)  # fmt: skip
+from .boundary import Boundary
+from .buffers import BufferPolicy
+from .calls import Calls, one_at_a_time, with_own_hooks
+from .checks import check_group, check_inner, check_modes
 from .collective import Collective
-from .elsewhere import warning_of
-from .faults import control
-from .flat import Flat, entries_of
-from .header import Kind
-from .meeting import modes_of
+from .consensus import Consensus
+from .errors import Warnings
+from .layout import Layout
 from .replica import Replica
 from .report import SyncReport
-from .saved import KEY, STATE_VERSION, check_own, check_whole, has_state, own_state, without_own
+from .saved import add_own, check_own, check_whole, own_state, without_own
 from .sync import Average, Rule
 from .traffic import Traffic
 
@@ -106,57 +94,23 @@ class LocalOptimizer(Around):
         self.auto = auto
         self._collective = Collective(process_group, alone=alone)
         check_modes(inner, self.sync, self._collective)
-        self._busy, self._caller = threading.RLock(), ""
-        self._told: set[str] = set()
-        self._looks = 3
-        self._model, self._policy = model, buffers
-        self._options = {"check_finite": check_finite, "track_drift": track_drift}
-        self._in_consensus = False
-        flat, buffers_ = self._build(first=True)
+        self._calls = Calls(self._collective.rank)
+        self._warnings = Warnings(self._collective.rank)
+        looks = {"check_finite": check_finite, "track_drift": track_drift}
+        self._layout = Layout(
+            inner, period, self.sync, model, buffers, self._collective, {**looks, "auto": auto}
+        )
+        flat, buffers_ = self._layout.build(first=True)
         self._replica = Replica(
             flat, self._collective, buffers_, inner, levels=self.sync.levels(self._collective),
-            name=self._name(), **self._options,
+            name=self._layout.describe(type(self)), **looks,
         )  # fmt: skip
         self._replica.equalise()
         self.sync.attach(self._replica)
-
-    def _build(self, *, first: bool = False) -> tuple[Flat, Buffers]:
-        """Compare layouts, and move the parameters into flat buffers. Collective."""
-        named = named_parameters(self.inner, self._model)
-        buffers = Buffers(self._model, self._policy, [p for _, p in named])
-        extra = [*self.sync.extra(named), *buffers.entries()]
-        settings = {**self._options, "buffers": self._policy, "auto": self.auto}
-        lines = [
-            f"rule {described(self.sync)}",
-            f"period {described(self.period)}",
-            f"inner optimizer {type(self.inner).__name__}",
-            *(f"{key} {value}" for key, value in settings.items()),
-            *map(str, entries_of(named, extra)),
-            *map(str, extra),
-            *buffers.described(),
-        ]
-        control.agree(self._collective, lines, control.TIMEOUT)
-        if first and self._model is None:
-            check_order(self._collective, self.inner, named)
-        # Nothing has been changed up to here.
-        self._homes = homes_of(self._model, {id(p) for _, p in named})
-        return Flat(named, extra, self._collective.world_size), buffers
-
-    def _name(self) -> str:
-        named = named_parameters(self.inner, self._model)
-        numbers = sum(p.numel() for _, p in named)
-        return f"{type(self).__name__} of {numbers} parameters, the first of them {named[0][0]}"
-
-    def _refuse_thread(self, call: str) -> None:
-        raise RuntimeError(
-            f"{call}() on rank {self._collective.rank}, while another thread is in "
-            f"{self._caller}(): call it from the thread that trains, between steps"
+        self._boundary = Boundary(
+            inner, self._layout, self._replica, self.sync, self._warnings
         )
-
-    def _warn_once(self, about: str, text: str) -> None:
-        if about not in self._told:
-            self._told.add(about)
-            warnings.warn(f"rank {self._collective.rank}: {text}", stacklevel=3)
+        self._consensus = Consensus(self._replica, self.sync)
 
     @one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -171,48 +125,15 @@ class LocalOptimizer(Around):
             LayoutMismatchError: if another rank adds another group.
         """
         self._refuse("add_param_group()")
-        replica = self._replica
-        clock = replica.round
+        clock = self._replica.round
         if clock.open:
             raise RuntimeError(
                 f"add_param_group at step {clock.step}, {clock.remaining} steps before the "
                 "round ends: add groups between rounds (when .synced), or call finish() first"
             )
         self.sync.land()
-        groups, homes = len(self.inner.param_groups), self._homes
-        own, buffers = replica.flat, replica.buffers.snapshot()
-        try:
-            problem = self._problem_with(param_group)
-            replica.meet(Kind.ADD_GROUP, count="other")
-            control.agree(
-                self._collective, [f"a group that is {problem or 'fit'}"], control.TIMEOUT
-            )
-            if problem is not None:
-                raise problem
-            new, new_buffers = self._build()
-            replica.equalise(new, new_buffers)
-        except BaseException:
-            del self.inner.param_groups[groups:]
-            self._homes = homes
-            own.take_back()
-            raise
-        with torch.no_grad():
-            for name, p in new.named:
-                if name in own.views:  # replicas may differ: only new ones start as rank 0's
-                    p.copy_(own.views[name])
-            new_buffers.restore(buffers)
-        replica.relayout(new, new_buffers)
+        self._layout.add(self._replica, param_group)
         self.sync.relayout()
-
-    def _problem_with(self, param_group: dict[str, Any]) -> Exception | None:
-        """Add the group to the inner optimizer; why it cannot be, if so."""
-        try:
-            self.inner.add_param_group(param_group)
-            named = named_parameters(self.inner, self._model)
-            entries_of(named, self.sync.extra(named))
-        except Exception as error:  # whatever the inner optimizer objects to
-            return error
-        return None
 
     # When: where the round is.
 
@@ -270,10 +191,10 @@ class LocalOptimizer(Around):
             SyncError: when a round ends on replicas that do not fit; see `average`.
         """
         clock = self._replica.round
-        if self._replica.lost is not None or self._in_consensus:
+        if self._replica.lost is not None or self._consensus.inside:
             self._refuse("step()")
         if not clock.open:
-            self._begin_round()
+            self._boundary.begin(self.period)
         elif not clock.remaining:
             clock.extend()
         self.sync.before_step()
@@ -308,82 +229,25 @@ class LocalOptimizer(Around):
         """
         self._refuse("average()")
         if not self._replica.round.open:
-            self._begin_round(stepped=True)  # by the inner optimizer, behind this one's back
+            # The inner optimizer has stepped, behind this one's back.
+            self._boundary.begin(self.period, stepped=True)
         return self._average()
 
     def _average(self) -> bool:
         clock = self._replica.round
         if clock.remaining:
-            self._check_loss()
+            self._boundary.check_loss()
             clock.count_step()
             self.sync.poll()
             self.sync.after_step()
         if clock.remaining > 0:
             return False
-        self._end_round()
+        self._boundary.end()
         return True
-
-    def _end_round(self) -> None:
-        replica, clock, meeting = self._replica, self._replica.round, self._replica.meeting
-        replica.flat.check_pointers()  # before the rule pulls what lives there no more
-        self.sync.end_round()
-        meeting.reports.show_landed()
-        replica.end_round(next_loss=True)  # recorded before what was owed
-        if meeting.uneven:
-            self._warn_once(
-                "uneven",
-                f"in the {clock.h} steps of the round that ended at step {clock.step} replicas "
-                f"have made different numbers of backward passes, by rank {meeting.uneven}. Where "
-                "a step is skipped, as by a guard against NaN or DeepSpeed's check for overflow, "
-                "call average() in its place, so that it counts",
-            )
-        if meeting.alike and self._looks:
-            self._looks -= 1  # it costs tens of milliseconds
-            self._look_elsewhere()
-
-    def _look_elsewhere(self) -> None:
-        """Warn if somebody else averages the gradients, so that replicas never part."""
-        clock, params = self._replica.round, [p for _, p in self._replica.flat.named]
-        losses = [] if self.report is None else self.report.losses
-        if clock.last_lr > 0 and (text := warning_of(params, losses, clock.h, clock.step)):
-            self._warn_once("elsewhere", text)
-
-    def _check_loss(self) -> None:
-        clock = self._replica.round
-        if self.sync.needs_loss and not clock.has_loss:
-            raise RuntimeError(
-                f"{type(self.sync).__name__} needs the training loss of every step, and step "
-                f"{clock.step + 1} on rank {self._collective.rank} has none: call "
-                "step(closure), or optimizer.record_loss(loss) before step()"
-            )
-
-    def _begin_round(self, *, stepped: bool = False) -> None:
-        clock, flat = self._replica.round, self._replica.flat
-        flat.check_pointers()
-        self._check_model()
-        if clock.number == 0:
-            self.sync.begin()
-        h = self.period(clock.step, float(self.inner.param_groups[0].get("lr", math.nan)))
-        if not isinstance(h, int) or not 1 <= h < 2**63:
-            raise ValueError(f"period gave H = {h!r} at step {clock.step}: not a positive int")
-        # An optimizer with two modes changes weights between rounds, and back.
-        same = not stepped and not hasattr(self.inner, "eval")
-        equal = same and self.sync.replicas_agree and self._collective.world_size > 1
-        clock.begin(h, start=flat.sample() if equal else 0)
-
-    def _check_model(self) -> None:
-        """Raise `RuntimeError` if the model has got other Parameters than the optimizer's."""
-        for name, home, key, p in self._homes:
-            if home.get(key) is not p:
-                raise RuntimeError(
-                    f"the model's parameter {name} is no longer the one that the optimizer has: "
-                    "load_state_dict(assign=True) or an assignment replaced it. Do that before "
-                    "building the optimizer"
-                )
 
     def _refuse(self, call: str) -> None:
         self._replica.check_not_lost()
-        if self._in_consensus:
+        if self._consensus.inside:
             raise RuntimeError(f"{call} inside consensus(): the model is not the replica's own now")
 
     def record_loss(self, loss: Tensor | float) -> None:
@@ -432,37 +296,10 @@ class LocalOptimizer(Around):
             ReplicaMismatchError: if another rank makes another call.
         """
         with ExitStack() as leaving:
-            self._enter_consensus(leaving)
+            with self._calls.alone("consensus"):
+                self._refuse("consensus()")
+                self._consensus.enter(leaving)
             yield
-
-    @functools.partial(one_at_a_time, name="consensus")
-    def _enter_consensus(self, leaving: ExitStack) -> None:
-        self._refuse("consensus()")
-        replica = self._replica
-        agreed, modes = self.synced and self.sync.replicas_agree, modes_of(self.inner)
-        if not agreed:
-            self.sync.adopt()
-        saved = None if agreed and not modes else replica.snapshot()
-        leaving.callback(self._leave_consensus, saved, replica.buffers.snapshot(), modes)
-        self._in_consensus = True
-        if agreed:
-            replica.check_equal()
-        else:
-            self.sync.enter_consensus()
-
-    def _leave_consensus(
-        self,
-        saved: list[Tensor] | None,
-        buffers: dict[str, Tensor],
-        modes: list[tuple[dict[str, Any], Any]],
-    ) -> None:
-        self._in_consensus = False
-        if saved is not None:
-            self._replica.restore(saved)
-        for home, mode in modes:  # the weights are those of that mode again
-            home["train_mode"] = mode
-        with torch.no_grad():
-            self._replica.buffers.restore(buffers)
 
     @one_at_a_time
     def finish(self) -> None:
@@ -500,21 +337,12 @@ class LocalOptimizer(Around):
         """
         self._replica.check_not_lost()
         self.sync.land()
-        if self._options["check_finite"]:
+        if self._replica.meeting.check_finite:
             self._replica.check_finite_here()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        replica = self._replica
         state = self.inner.state_dict()
-        state["param_groups"][0][KEY] = {
-            "version": STATE_VERSION,
-            "rule": type(self.sync).__name__,
-            "rank": self._collective.rank,
-            "world_size": self._collective.world_size,
-            "has_state": has_state(state),
-            "replica": replica.state_dict(),
-            "sync": self.sync.state_dict(),
-        }
+        add_own(state, self._replica, self.sync)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = changed if changed is not None else state
@@ -531,7 +359,7 @@ class LocalOptimizer(Around):
             ValueError: if the state is of another version, rule, or, in mid-round, of another
                 rank or number of replicas; or if a part of it is missing.
         """
-        if self._in_consensus:
+        if self._consensus.inside:
             self._refuse("load_state_dict()")
         state = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -539,7 +367,7 @@ class LocalOptimizer(Around):
             state = changed if changed is not None else state
         own = own_state(state)
         if own is not None:
-            self._check_own(own)
+            check_own(own, self.sync, self._collective, self._warnings)
             self.sync.check_state(own["sync"])
         check_whole(state, own)
         self.inner.load_state_dict(without_own(state))
@@ -555,17 +383,6 @@ class LocalOptimizer(Around):
                 self._replica.meeting.forget_others()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _check_own(self, own: Mapping[str, Any]) -> None:
-        rank, name = self._collective.rank, type(self.sync).__name__
-        check_own(own, name, self.sync.was_named, rank, self._collective.world_size)
-        if own["rank"] is not None and own["rank"] != rank:
-            self._warn_once(
-                "other rank",
-                f"the optimizer state that is loaded is that of rank {own['rank']}: momenta and "
-                "the like are each replica's own. Save one state per rank, or merge them all "
-                "(localopt.merged)",
-            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r}, {self.period!r}, sync={self.sync!r})"

@@ -63,8 +63,8 @@ def mean_(
     def expect() -> None:
         """Begin to receive the next message: a sum in the first half, in the second a mean.
 
-        So few at a time, and all along: what tells the rank before that it may send queues behind
-        the messages that this rank is sending.
+        So few at a time, and all along: what signals to the rank before that it may send queues
+        behind the messages that this rank is sending.
         """
         i = len(arriving)
         if i < total:

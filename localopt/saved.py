@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .collective import Collective
+from .errors import Warnings
+from .replica import Replica
+from .sync import Rule
+
 STATE_VERSION = 5
 READABLE = (3, 4, 5)
 
@@ -23,32 +28,50 @@ def without_own(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in state.items() if k != KEY}, "param_groups": groups}
 
 
-def check_own(
-    own: Mapping[str, Any], rule: str, was_named: str | None, rank: int, world_size: int
-) -> None:
-    """Raise `ValueError` unless a replica's state fits this rank.
+def add_own(state: dict[str, Any], replica: Replica, sync: Rule) -> None:
+    """Put what is a replica's and its rule's into the inner optimizer's state."""
+    state["param_groups"][0][KEY] = {
+        "version": STATE_VERSION,
+        "rule": type(sync).__name__,
+        "rank": replica.collective.rank,
+        "world_size": replica.collective.world_size,
+        "has_state": has_state(state),
+        "replica": replica.state_dict(),
+        "sync": sync.state_dict(),
+    }
 
-    Args:
-        own: what `own_state` gave.
-        rule: the rule's name here.
-        was_named: by which name it was saved before.
-        rank, world_size: here; they matter in mid-round, or where replicas differ.
+
+def check_own(
+    own: Mapping[str, Any], sync: Rule, collective: Collective, warnings: Warnings
+) -> None:
+    """Look whether a replica's state fits this rank; warn if it is another rank's.
+
+    Raises:
+        ValueError: if it is of another version or rule; or, in mid-round or where replicas differ,
+            of another rank or number of replicas.
     """
     if own["version"] not in READABLE:
         raise ValueError(
             f"the state to load has version {own['version']!r}, this localopt writes "
             f"{STATE_VERSION} and reads {', '.join(map(str, READABLE))}"
         )
-    replica = own["replica"]
+    replica, rank = own["replica"], collective.rank
     is_open = replica.get("open", replica["remaining"] > 0)
     agreed = own["sync"]["replicas_agree"] and not is_open
-    mine = {"rule": rule, "rank": rank, "world_size": world_size}
+    mine = {"rule": type(sync).__name__, "rank": rank, "world_size": collective.world_size}
     for key in ("rule",) if agreed else mine:
-        if own[key] != mine[key] and (key != "rule" or own[key] != was_named):
+        if own[key] != mine[key] and (key != "rule" or own[key] != sync.was_named):
             raise ValueError(
                 f"rank {rank}: the state to load has {key} {own[key]!r}, this optimizer "
                 f"{mine[key]!r}"
             )
+    if own["rank"] is not None and own["rank"] != rank:
+        warnings.once(
+            "other rank",
+            f"the optimizer state that is loaded is that of rank {own['rank']}: momenta and the "
+            "like are each replica's own. Save one state per rank, or merge them all "
+            "(localopt.merged)",
+        )
 
 
 def has_state(state: Mapping[str, Any]) -> bool:

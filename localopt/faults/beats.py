@@ -121,7 +121,7 @@ class Verdict:
     Attributes:
         by: the rank that says so.
         text: for people, in one line.
-        failure: whether rank ``by`` failed by itself and tells its own story.
+        failure: whether rank ``by`` failed by itself, and says why itself.
     """
 
     by: int
@@ -199,7 +199,7 @@ class BeatExchange:
         self._wake.set()
 
     def ask_stop(self, number: int, reason: str) -> None:
-        """Tell all ranks to agree on a stop."""
+        """Ask all ranks to agree on a stop."""
         self._request = json.dumps([number, reason])
         self.hurry()
 
@@ -225,7 +225,7 @@ class BeatExchange:
                 self._exchange(store)
                 self._news()
             self.settled = self.verdict is not None
-        except Exception as error:  # whatever a store raises, the other thread tells
+        except Exception as error:  # whatever a store raises, the other thread reports it
             if self.verdict is None:
                 self.error = error
             else:  # the keeper had read that this rank knows it, and has gone

@@ -1,4 +1,4 @@
-"""The control plane: what ranks tell each other through the process group's store.
+"""The control plane: what ranks write for each other in the process group's store.
 
 Nothing here is a collective, so replicas that differ can say so instead of crashing one.
 """
@@ -64,7 +64,7 @@ def gather(collective: Collective, value: str, timeout: timedelta = TIMEOUT) -> 
 
     Args:
         collective: the ranks; every one must call, in the same order of calls.
-        value: what this rank tells.
+        value: what this rank says.
         timeout: how long to wait for the slowest rank.
 
     Raises:
@@ -144,5 +144,5 @@ class Board:
             return [self._store.get(key).decode() for key in keys]
         except RuntimeError as error:
             raise AbsentRankError(
-                f"{', '.join(keys)}: not told within {timeout.total_seconds():.0f} s"
+                f"{', '.join(keys)}: not there within {timeout.total_seconds():.0f} s"
             ) from error

@@ -12,7 +12,6 @@ import contextlib
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,13 +20,12 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from ..collective import Collective, waiting
-from ..errors import ranks_text
 from .beats import BeatExchange, Status, Verdict, process
+from .judge import GONE, Judge
 from .wakeup import Wakeup
 
 DEAD = 3  # exit status of a rank that ends because of another
 _ADVICE = "resume from the newest checkpoint"
-_GONE = ("", "Z", "X")  # states in /proc of a process that does nothing any more
 
 
 class Watch:
@@ -71,7 +69,7 @@ class Watch:
         reason: that in words.
         verdict: the line that says why the run is over; None while it is not.
         first: whether this rank is the one to print it.
-        failed: whether this rank has told the others, by `fail`, that it ends.
+        failed: whether this rank has announced, by `fail`, that it ends.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ class Watch:
         watch_parent: Sequence[int] = (),
     ) -> None:
         collective = collective or Collective()
-        self._rank, self._host = collective.rank, socket.gethostname()
+        self._rank = collective.rank
         self._beat, self._dead_after, self._stall_after = beat, dead_after, stall_after
         self._on_death, self._advice, self._signals = on_death or self._end, advice, signals
         self._parents = {pid: process(pid)[1] for pid in watch_parent}
@@ -107,12 +105,12 @@ class Watch:
         self._phase = "training"
         self._deciding = self._handles = self.failed = self._left = self._closed = False
         self._moved: tuple[Any, ...] = ()
-        self._moved_at = self._awake = self._excused = time.monotonic()
-        self._paused = 0.0
+        self._moved_at = time.monotonic()
 
         self._post: BeatExchange | None = None
         if collective.world_size > 1:
             self._post = BeatExchange(collective, beat, dead_after, self._status, self._news)
+        self._judge = Judge(self._rank, self._post, beat, dead_after, stall_after, advice)
         self._wakeup: Wakeup | None = None
         self._guard = threading.Thread(target=self._keep, name="localopt-watch", daemon=True)
 
@@ -120,7 +118,8 @@ class Watch:
 
     def __enter__(self) -> Self:
         self._wakeup = Wakeup(self._signals)
-        self._moved_at = self._awake = self._excused = time.monotonic()
+        self._moved_at = time.monotonic()
+        self._judge.start()
         self._guard.start()
         if self._post:
             self._post.thread.start()
@@ -136,7 +135,7 @@ class Watch:
         if not in_order:
             self.fail(f"{kind.__name__}: {error}" if str(error) else kind.__name__)
             if self.verdict and self.first and not self.failed:
-                error.add_note(self.verdict)  # the threads are about to tell it, and come too late
+                error.add_note(self.verdict)  # the threads are about to print it, and come too late
         self.close()
 
     def close(self) -> None:
@@ -188,7 +187,7 @@ class Watch:
             self._touches += 1
 
     def fail(self, message: str) -> None:
-        """Tell the other ranks that this one ends, and why; they end too.
+        """Announce to the other ranks that this one ends, and why; they end too.
 
         After a collective that failed this waits as `explain` does: another rank may be the
         reason. Otherwise it takes at most two seconds.
@@ -196,7 +195,7 @@ class Watch:
         if self._post is None or self.verdict or (waiting.failed and self.explain()):
             return
         step, line = self._running, " ".join(message.split())
-        text = f"{self._name()} stopped: {line} (at step {step}); {self._advice}"
+        text = f"{self._judge.name()} stopped: {line} (at step {step}); {self._advice}"
         with self._changed:
             self.failed = True
             self._changed.notify_all()
@@ -253,7 +252,7 @@ class Watch:
         self._changed.notify_all()
 
     def _status(self) -> Status:
-        """What the main thread does: the post's thread tells the others."""
+        """What the main thread does: the post's thread sends it to the others."""
         with self._lock:
             still = time.monotonic() - self._moved_at
             inside, proposal = waiting.depth > 0, self._proposal
@@ -276,12 +275,9 @@ class Watch:
         while not self._closed:
             self._heed(self._wakeup.wait(self._beat))
             now = time.monotonic()
-            if now - self._awake > self._beat + self._dead_after / 2:
-                # This process was stopped, or starved: what it has not heard proves nothing.
-                self._paused, self._excused = now - self._awake, now
-            self._awake = now
+            self._judge.wake(now)
             self._notice(now)
-            if self._post and not self._left and (verdict := self._judge(now)):
+            if not self._left and (verdict := self._judge.judge(now, self._status())):
                 return self._carry_out(verdict)
 
     def _heed(self, numbers: Sequence[int]) -> None:
@@ -289,11 +285,11 @@ class Watch:
         self._interrupts += numbers.count(signal.SIGINT)
         if self._interrupts > 1:
             os._exit(128 + signal.SIGINT)
-        reasons = [(n, f"{signal.Signals(n).name} on {self._name()}") for n in numbers]
+        reasons = [(n, f"{signal.Signals(n).name} on {self._judge.name()}") for n in numbers]
         for pid, started in self._parents.items():
             state, now_started = process(pid)
-            if state in _GONE or now_started != started:
-                reason = f"the launcher of {self._name()} (process {pid}) has ended"
+            if state in GONE or now_started != started:
+                reason = f"the launcher of {self._judge.name()} (process {pid}) has ended"
                 reasons.append((signal.SIGTERM, reason))
         if not reasons or self._proposal is not None:
             return
@@ -306,114 +302,9 @@ class Watch:
     def _notice(self, now: float) -> None:
         """Whether the main thread has moved since the last look."""
         moved = (self._running, self._touches, waiting.count, waiting.depth, self._deciding)
-        if moved != self._moved or self._deciding or now == self._excused:
+        if moved != self._moved or self._deciding or now == self._judge.excused:
             with self._lock:
                 self._moved, self._moved_at = moved, now
-
-    def _judge(self, now: float) -> Verdict | None:
-        """The verdict to carry out now."""
-        post = self._post
-        if post.settled:
-            return post.verdict
-        if post.error:
-            return None if post.parted else self._by_me(self._store_lost())
-        if post.verdict:
-            return None  # others are being told
-        if now - max(post.read, self._excused) > self._dead_after + self._beat:
-            return self._by_me(self._store_silent())
-        if text := self._accusation(now):
-            post.accuse(self._by_me(text))
-        return None
-
-    def _by_me(self, text: str) -> Verdict:
-        note = ""
-        if self._paused:
-            note = f" ({self._name()} was itself held up for {self._paused:.0f} s before)"
-        return Verdict(self._rank, f"{text}{note}; {self._advice}")
-
-    def _accusation(self, now: float) -> str:
-        """Who is lost, as seen from here; "" while nobody is."""
-        post = self._post
-        for rank, beat in post.beats.items():
-            if beat.status.left:
-                continue
-            if beat.process.state(post.process) in _GONE:
-                # It may have taken leave just now: that has been read when an exchange began later.
-                if post.began > post.gone.setdefault(rank, now):
-                    return self._died(rank)
-            elif post.read - max(post.changed[rank], self._excused) > self._dead_after:
-                return self._silent(rank)
-        waited = now - max(post.started, self._excused)
-        if post.absent and waited > self._stall_after:
-            absent = ranks_text(sorted(post.absent))
-            return f"{absent} did not begin to train within {waited:.0f} s: hangs or has died"
-        return self._stalled(now)
-
-    def _stalled(self, now: float) -> str:
-        """Whether this rank hangs, or all wait for each other."""
-        still, status = now - self._moved_at, self._status()
-        if still <= self._stall_after:
-            return ""
-        if not status.collective:
-            return (
-                f"{self._name()} hangs ({status.doing} at step {status.step}, without progress "
-                f"for {still:.0f} s)"
-            )
-        beats = self._post.beats
-        others = {rank: beat.status for rank, beat in beats.items() if not beat.status.left}
-        if not all(s.collective and s.still > self._stall_after for s in others.values()):
-            return ""
-        steps = {rank: s.step for rank, s in others.items()} | {self._rank: status.step}
-        last, most = min(steps.values()), max(steps.values())
-        behind = sorted(rank for rank, step in steps.items() if step == last)
-        named = ", ".join(self._name(rank) for rank in behind)
-        where = f"at step {last}" + (f", the others up to step {most}" if last < most else "")
-        return f"all ranks have waited in a collective for {still:.0f} s: {named} {where}"
-
-    # What is said.
-
-    def _name(self, rank: int | None = None) -> str:
-        host, rank = self._host, self._rank if rank is None else rank
-        if rank != self._rank and rank in self._post.beats:
-            host = self._post.beats[rank].process.host
-        return f"rank {rank} on {host}"
-
-    def _last(self, rank: int) -> str:
-        status = self._post.beats[rank].status
-        return f"last at step {status.step}, {status.doing}"
-
-    def _died(self, rank: int) -> str:
-        pid = self._post.beats[rank].process.pid
-        return f"{self._name(rank)} has died (process {pid} has gone; {self._last(rank)})"
-
-    def _silent(self, rank: int) -> str:
-        stopped = self._post.beats[rank].process.state(self._post.process) in ("T", "t")
-        what = "is stopped" if stopped else "has died or hangs"
-        seconds = f"no sign of life for {self._dead_after:g} s"
-        return f"{self._name(rank)} {what} ({seconds}; {self._last(rank)})"
-
-    def _store_lost(self) -> str:
-        """Why the store's connection broke: a process that dies closes it before it has gone."""
-        keeper, post = self._post.keeper, self._post
-        if keeper is None:
-            error = " ".join(str(post.error).split())[:200]
-            if 0 in post.absent:
-                return f"rank 0, or a launcher, has died before it began, and the store ({error})"
-            return f"{self._name()} has lost the store: its keeper, a launcher, has died ({error})"
-        for _ in range(20):
-            state = post.beats[keeper].process.state(post.process)
-            if state is None or state in _GONE:
-                break
-            time.sleep(0.05)
-        if state in _GONE:
-            return self._died(keeper)
-        return f"{self._name(keeper)} has died (connection lost; {self._last(keeper)})"
-
-    def _store_silent(self) -> str:
-        keeper = self._post.keeper
-        if keeper is None:
-            return f"{self._name()} hears nothing from the store for {self._dead_after:g} s"
-        return self._silent(keeper)
 
     # The end.
 

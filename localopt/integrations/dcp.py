@@ -29,10 +29,10 @@ from ..merge import merged
 class ReplicaState:
     """What this rank needs to go on, as a ``Stateful`` of `torch.distributed.checkpoint`.
 
-    Every rank gets back its own weights, buffers, optimizer state and place in the round, saved
+    Every rank gets back its own weights, buffers, optimizer state and step in the round, saved
     at any step; `LocalOptimizer.state_dict` waits for what is in flight. The state is copied to
     the host's memory when `state_dict` is called, so training may go on during
-    ``dcp.async_save``. Give that one a process group of its own, for its collectives run beside
+    ``dcp.async_save``. Give that one a process group of its own, for its collectives run along with
     training's. Save to a new folder each time.
 
     Args:
@@ -58,7 +58,7 @@ class ReplicaState:
         """This rank's state, under the rank's name. No collective.
 
         If it cannot be had, as of a replica with NaN, the error is raised when the state is
-        written. So DCP tells it to all ranks (`CheckpointException`), and none waits for one that
+        written. So DCP reports it to all ranks (`CheckpointException`), and none waits for one that
         has left; and a replica with NaN can be loaded over, for DCP asks for its state then too.
 
         Example:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..compression import Codec, codec
-from ..flat import Entry
+from ..compression import PIECE, Codec, codec
+from ..entry import Entry
 from ..replica import Replica
 from .rule import Rule
 
@@ -124,4 +124,5 @@ class Average(Rule):
 def follow_(x: Sequence[Tensor], z: Sequence[Tensor]) -> None:
     """z ← z - Δ, x ← z, where x holds the mean of the changes Δ = z - x_i."""
     for mine, start in zip(x, z, strict=True):
-        mine.copy_(start.sub_(mine))
+        for piece, start_piece in zip(mine.split(PIECE), start.split(PIECE), strict=True):
+            piece.copy_(start_piece.sub_(piece))

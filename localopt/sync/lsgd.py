@@ -10,11 +10,12 @@ import torch
 
 from ..collective import Collective
 from ..errors import NonFiniteError, ranks_text
-from ..flat import Vector, pull_
+from ..flat import pull_
 from ..header import Header, Kind
 from ..replica import Replica
 from ..traffic import Sending
 from ..transport import fetch_, report_spread
+from ..vector import Vector
 from .rule import Rule
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from ..collective import Collective, Pending
 from ..compression import Codec, CompressedMean
 from ..errors import ReplicaMismatchError, SyncError
-from ..flat import Memory, Vector, square_norm
+from ..flat import Memory, square_norm
 from ..fragments import Fragments
 from ..header import Header
 from ..meeting import Exchange
 from ..replica import Replica
 from ..report import waits_of
 from ..traffic import Count
+from ..vector import Vector
 from .in_place import mean_square_norm
 
 

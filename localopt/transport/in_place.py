@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..collective import Across, Collective
 from ..compression import Codec, CompressedMean
-from ..flat import Vector, square_norm
+from ..flat import square_norm
 from ..header import Header, Kind
 from ..replica import Replica
 from ..traffic import Count
+from ..vector import Vector
 
 
 class InPlace:
@@ -151,10 +152,10 @@ class Compressed:
         replica, collective = self._replica, self._replica.collective
         flat, meeting = replica.flat, replica.meeting
         started = meeting.meter.now()
-        for x, anchor, e in zip(flat.params, z.data, self._lost.data, strict=True):
-            e.add_(anchor.to(x.dtype)).sub_(x)
         with meeting.explained():
-            pending = CompressedMean(self._lost.data, flat.params, collective, self._codec)
+            pending = CompressedMean(
+                self._lost.data, flat.params, collective, self._codec, z.data
+            )
             pending.wait()
         for buffer in flat.buffers:
             buffer.extra_averaged.div_(collective.world_size)

@@ -119,7 +119,7 @@ def leave_notes(rank: int, m: int) -> list[str]:
     board.put(f"of {rank}", f"note {rank}")
     found = board.get([f"of {r}" for r in range(m)], timedelta(seconds=100))
     if m > 1:
-        with pytest.raises(AbsentRankError, match="nobody's: not told within 0 s"):
+        with pytest.raises(AbsentRankError, match="nobody's: not there within 0 s"):
             board.get(["nobody's"], timedelta(seconds=0.1))
     return found
 

@@ -79,7 +79,7 @@ def nothing_is_lost(rank: int, m: int, compress: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("compress", CODECS, ids=repr)
-def test_what_is_not_told_is_told_later(compress: Any) -> None:
+def test_what_is_not_sent_is_sent_later(compress: Any) -> None:
     """Three ranks: shards of different sizes."""
     for errors in run(nothing_is_lost, 3, compress):
         assert len(errors) == 10 and max(errors) < 1e-12

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from localopt import Constant, LocalSGD
-from localopt.flat import ALIGNMENT, Entry, Flat
+from localopt.entry import Entry
+from localopt.flat import ALIGNMENT, Flat
 from localopt.fragments import Fragments
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -94,5 +94,6 @@ def test_our_settings_reach_local_optimizer() -> None:
             buffers="average", auto=False, track_drift=True, check_finite=False, alone=True,
         )  # fmt: skip
         assert isinstance(optimizer.sync, localopt.DiLoCo)
-        assert (optimizer._model, optimizer._policy, optimizer.auto) == (model, "average", False)
-        assert optimizer._options == {"check_finite": False, "track_drift": True}
+        layout, meeting = optimizer._layout, optimizer._replica.meeting
+        assert (layout._model, layout._policy, optimizer.auto) == (model, "average", False)
+        assert (meeting.check_finite, meeting.track_drift) == (False, True)

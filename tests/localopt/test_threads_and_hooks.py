@@ -222,7 +222,7 @@ def from_another_thread(rank: int, m: int) -> list[str]:
 
         for step in range(4):
             optimizer.step(lambda step=step: closure(step))
-            assert not optimizer._in_consensus
+            assert not optimizer._consensus.inside
             assert in_a_thread(optimizer.state_dict) is None, "between steps it may"
         optimizer.finish()
         vectors.append(vector(model))
