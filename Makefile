@@ -16,8 +16,9 @@ test:  ## lint and run all tests
 test-fast:  ## lint and the tests that need one process
 	@run-scripts/test.sh -m "not slow" -n $$(nproc)
 
-lint: setup  ## ruff, and shellcheck where it is installed
+lint: setup  ## ruff, mypy, and shellcheck where it is installed
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 	if command -v shellcheck >/dev/null; then shellcheck run-scripts/*.sh tests/*.sh .ci/run; fi
 
 bench: setup  ## every benchmark in its short form

@@ -35,7 +35,7 @@ class Around(Optimizer):
         self._patch_step_function()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's parameter groups."""
         return self.inner.param_groups
 
@@ -44,7 +44,7 @@ class Around(Optimizer):
         self.inner.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The inner optimizer's per-parameter state."""
         return self.inner.state or EmptyState(self.inner)
 
@@ -53,7 +53,7 @@ class Around(Optimizer):
         self.inner.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # torch never sets it anew
         """The inner optimizer's defaults."""
         return self.inner.defaults
 

@@ -89,7 +89,7 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return hooked
 
 
-class EmptyState(MutableMapping):
+class EmptyState(MutableMapping[Any, Any]):
     """The inner optimizer's state while there is none.
 
     It counts as something: ``torch.distributed.checkpoint`` makes a step with an optimizer whose

@@ -64,13 +64,14 @@ class Pending:
         sent: bytes that this rank sends.
     """
 
-    def __init__(self, launches: Iterable[Callable[[], dist.Work]], sent: int) -> None:
+    def __init__(self, launches: Iterable[Callable[[], dist.Work | None]], sent: int) -> None:
         self.bytes = sent
         self._works: list[dist.Work] = []
         self._failed: RuntimeError | None = None
         try:
             for launch in launches:
-                self._works.append(launch())
+                if (work := launch()) is not None:  # which torch may, says its type
+                    self._works.append(work)
         except RuntimeError as error:
             self._failed = error
 
@@ -168,9 +169,10 @@ class Collective:
 
     def _timeout(self) -> timedelta | None:
         """The group's own time-out, which torch gives to no new group; None where it is hidden."""
-        group = self.group or dist.group.WORLD
+        group: Any = self.group or dist.group.WORLD
         with contextlib.suppress(AttributeError, RuntimeError, IndexError):
-            return group._get_backend(group._device_types[0]).options._timeout
+            timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+            return timeout
         return None
 
     def sum_(self, tensors: Sequence[Tensor]) -> int:
@@ -243,10 +245,14 @@ class Collective:
         return Pending(launches, mine.nbytes * len(others))
 
     def _send(self, tensor: Tensor, to: int, tag: int) -> dist.Work:
-        return dist.isend(tensor, group=self.group, tag=tag, group_dst=to)
+        work = dist.isend(tensor, group=self.group, tag=tag, group_dst=to)
+        assert work is not None, "this rank is in the group"
+        return work
 
     def _receive(self, tensor: Tensor, source: int, tag: int) -> dist.Work:
-        return dist.irecv(tensor, group=self.group, tag=tag, group_src=source)
+        work = dist.irecv(tensor, group=self.group, tag=tag, group_src=source)
+        assert work is not None, "this rank is in the group"
+        return work
 
     def _sum_bytes(self, tensors: Sequence[Tensor]) -> int:
         payload = sum(tensor.nbytes for tensor in tensors)
@@ -305,7 +311,7 @@ class Collective:
 
     def _messages(
         self, sent: Callable[[int], Tensor], got: Tensor, tag: int
-    ) -> list[Callable[[], dist.Work]]:
+    ) -> list[partial[dist.Work]]:
         """What launches a message to each other rank j, ``sent`` (j), and one from it into
         ``got[j]``."""
         others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]

@@ -33,6 +33,9 @@ class Codec(ABC):
 
     Args:
         block: elements that belong together; what is encoded is a multiple of it.
+
+    Raises:
+        ValueError: if it is no multiple of 16.
     """
 
     block: int = 512
@@ -125,9 +128,8 @@ class Int8(Codec):
         blocks = wire.numel() // (self.block + 4)
         numbers, scales = wire.split([blocks * self.block, 4 * blocks])
         factors = scales.clone().view(torch.float32).to(dtype)
-        return numbers.view(torch.int8).view(blocks, self.block).to(dtype).mul_(
-            factors[:, None]
-        ).view(-1)  # fmt: skip
+        q: Tensor = numbers.view(torch.int8).view(blocks, self.block).to(dtype)
+        return q.mul_(factors[:, None]).view(-1)
 
 
 CODECS: dict[str, type[Codec]] = {"bf16": Bfloat16, "int8": Int8}

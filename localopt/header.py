@@ -106,8 +106,8 @@ def read(slots: Tensor, ranks: Iterable[int] | None = None) -> dict[int, Header]
         if _CHECK.unpack(check)[0] != zlib.crc32(packed[:-8]):
             odd.append(rank)
             continue
-        kind, *fields = _FIELDS.unpack(packed)
-        headers[rank] = Header(Kind(kind), *fields, finite=bool(row[-1]))
+        kind, *fields = *_FIELDS.unpack(packed), bool(row[-1])
+        headers[rank] = Header(Kind(kind), *fields)
     if odd:
         raise ReplicaMismatchError(
             f"what {ranks_text(odd)} brought is not localopt's: another collective, of the "

@@ -62,8 +62,8 @@ def merged(states: Iterable[tuple[State, State]]) -> tuple[dict[str, Any], dict[
         raise ValueError(f"{rank + 1} states, saved by {first['world_size']} replicas")
     closed = _closed(total)
     model, optimizer = closed["model"], closed["optimizer"]
-    if first is not None:
-        _restart(model, own_state(optimizer))
+    if (own := own_state(optimizer)) is not None:
+        _restart(model, own)
     return model, optimizer
 
 

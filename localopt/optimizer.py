@@ -178,7 +178,7 @@ class LocalOptimizer(Around):
 
     @with_own_hooks
     @one_at_a_time
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one local step; if ``auto``, end the round when it is due.
 
         Args:
@@ -322,7 +322,7 @@ class LocalOptimizer(Around):
 
     @torch._disable_dynamo
     @one_at_a_time
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's ``state`` and ``param_groups``, and what is this replica's own.
 
         Each rank has its own: save one file per rank, with that rank's model weights. That is

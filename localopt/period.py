@@ -238,6 +238,9 @@ class SWAP(Period):
     Args:
         switch_step: local steps before the last round.
 
+    Raises:
+        ValueError: if a setting is out of range, or there is no ``total_steps``.
+
     Source: Gupta et al., arXiv 2001.02312.
     """
 

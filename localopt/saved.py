@@ -19,7 +19,8 @@ KEY = "localopt"  # in the first parameter group of a state
 def own_state(state: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the state of a `LocalOptimizer` has of replica and rule; None in another optimizer's."""
     groups = state.get("param_groups") or [{}]
-    return groups[0].get(KEY, state.get(KEY))  # next to the groups in version 3
+    own: dict[str, Any] | None = groups[0].get(KEY, state.get(KEY))  # version 3: next to them
+    return own
 
 
 def without_own(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, then the tests, several at a time; sets up first if that is missing. Arguments go to pytest:
+# Lint and types, then the tests, several at a time. Sets up first if that is missing. Arguments go
+# to pytest:
 #
 #   run-scripts/test.sh
 #   run-scripts/test.sh -m "not slow"
@@ -10,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run-scripts/setup.sh
 .venv/bin/python -m ruff check .
+.venv/bin/python -m mypy
 # A thousand processes would each compile what they import.
 unset PYTHONDONTWRITEBYTECODE
 # Many tests wait more than they compute: twice as many as cores, up to eight.

@@ -158,7 +158,7 @@ class BeatExchange:
         beat: float,
         dead_after: float,
         status: Callable[[], Status],
-        news: Callable[[], None],
+        news: Callable[[BeatExchange], None],
     ) -> None:
         self.rank, self.process = collective.rank, Process.here()
         self._store = control._store(collective, "watch")
@@ -212,18 +212,19 @@ class BeatExchange:
         store = None
         try:
             # A FileStore counts its objects, and removes the file when as many as ranks have gone.
-            store = self._store.clone() if self._connects else self._store
+            store = control.cloned(self._store) if self._connects else self._store
             store.set_timeout(timedelta(seconds=self._dead_after))
             store.compare_set("stop", "", EMPTY)
             store.compare_set("verdict", "", EMPTY)
             self._exchange(store)
-            self._news()
+            self._news(self)
             while not self._over():
-                urgent = self.absent or self.stop or self.verdict or self._said.status.left
+                left = self._said is not None and self._said.status.left
+                urgent = self.absent or self.stop or self.verdict or left
                 self._wake.wait(self._beat / 10 if urgent else self._beat)
                 self._wake.clear()
                 self._exchange(store)
-                self._news()
+                self._news(self)
             self.settled = self.verdict is not None
         except Exception as error:  # whatever a store raises, the other thread reports it
             if self.verdict is None:
@@ -232,7 +233,7 @@ class BeatExchange:
                 self.settled = True
         finally:
             del store  # closes its connection
-            self._news()
+            self._news(self)
 
     def _exchange(self, store: dist.Store) -> None:
         """Write this rank's beat, read the others'."""

@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -80,9 +81,17 @@ def gather(collective: Collective, value: str, timeout: timedelta = TIMEOUT) -> 
 def _store(collective: Collective, purpose: str) -> dist.Store:
     """A store of its own for this call, the same on all ranks."""
     group = collective.group or dist.group.WORLD
+    assert group is not None, "there is a default group, for there are several ranks"
     _calls[group.group_name] += 1
     prefix = f"localopt/{purpose}/{group.group_name}/{_calls[group.group_name]}"
     return dist.PrefixStore(prefix, distributed_c10d._get_process_group_store(group))
+
+
+def cloned(store: dist.Store) -> dist.Store:
+    """The same store, by a connection of its own."""
+    untyped: Any = store  # as torch has it
+    clone: dist.Store = untyped.clone()
+    return clone
 
 
 def _exchange(
@@ -122,7 +131,7 @@ class Board:
         self._alone = collective.world_size == 1
         self._notes: dict[str, str] = {}
         if not self._alone:
-            self._store = _store(collective, purpose).clone()
+            self._store = cloned(_store(collective, purpose))
 
     def put(self, key: str, note: str) -> None:
         """Leave a note."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 
 from ..errors import ranks_text
@@ -16,7 +15,8 @@ class Judge:
 
     Args:
         rank: of this process.
-        post: the beats; None where there is one rank.
+        me: this rank, for people.
+        post: the beats.
         beat, dead_after, stall_after, advice: as for `Watch`.
 
     Attributes:
@@ -26,13 +26,14 @@ class Judge:
     def __init__(
         self,
         rank: int,
-        post: BeatExchange | None,
+        me: str,
+        post: BeatExchange,
         beat: float,
         dead_after: float,
         stall_after: float,
         advice: str,
     ) -> None:
-        self._rank, self._host, self._post = rank, socket.gethostname(), post
+        self._rank, self._me, self._post = rank, me, post
         self._beat, self._dead_after, self._stall_after = beat, dead_after, stall_after
         self._advice = advice
         self._paused = 0.0
@@ -52,8 +53,6 @@ class Judge:
     def judge(self, now: float, status: Status) -> Verdict | None:
         """The verdict to carry out now, if any; ``status`` is this rank's own."""
         post = self._post
-        if post is None:
-            return None
         if post.settled:
             return post.verdict
         if post.error:
@@ -69,7 +68,7 @@ class Judge:
     def _by_me(self, text: str) -> Verdict:
         note = ""
         if self._paused:
-            note = f" ({self.name()} was itself held up for {self._paused:.0f} s before)"
+            note = f" ({self._me} was itself held up for {self._paused:.0f} s before)"
         return Verdict(self._rank, f"{text}{note}; {self._advice}")
 
     def _accusation(self, now: float, status: Status) -> str:
@@ -97,7 +96,7 @@ class Judge:
             return ""
         if not status.collective:
             return (
-                f"{self.name()} hangs ({status.doing} at step {status.step}, without progress "
+                f"{self._me} hangs ({status.doing} at step {status.step}, without progress "
                 f"for {still:.0f} s)"
             )
         beats = self._post.beats
@@ -107,18 +106,16 @@ class Judge:
         steps = {rank: s.step for rank, s in others.items()} | {self._rank: status.step}
         last, most = min(steps.values()), max(steps.values())
         behind = sorted(rank for rank, step in steps.items() if step == last)
-        named = ", ".join(self.name(rank) for rank in behind)
+        named = ", ".join(self._name(rank) for rank in behind)
         where = f"at step {last}" + (f", the others up to step {most}" if last < most else "")
         return f"all ranks have waited in a collective for {still:.0f} s: {named} {where}"
 
     # What is said.
 
-    def name(self, rank: int | None = None) -> str:
-        """A rank, this one by default, and its host."""
-        host, rank = self._host, self._rank if rank is None else rank
-        if rank != self._rank and rank in self._post.beats:
-            host = self._post.beats[rank].process.host
-        return f"rank {rank} on {host}"
+    def _name(self, rank: int) -> str:
+        known = rank != self._rank and rank in self._post.beats
+        host = f" on {self._post.beats[rank].process.host}" if known else ""
+        return self._me if rank == self._rank else f"rank {rank}{host}"
 
     def _last(self, rank: int) -> str:
         status = self._post.beats[rank].status
@@ -126,13 +123,13 @@ class Judge:
 
     def _died(self, rank: int) -> str:
         pid = self._post.beats[rank].process.pid
-        return f"{self.name(rank)} has died (process {pid} has gone; {self._last(rank)})"
+        return f"{self._name(rank)} has died (process {pid} has gone; {self._last(rank)})"
 
     def _silent(self, rank: int) -> str:
         stopped = self._post.beats[rank].process.state(self._post.process) in ("T", "t")
         what = "is stopped" if stopped else "has died or hangs"
         seconds = f"no sign of life for {self._dead_after:g} s"
-        return f"{self.name(rank)} {what} ({seconds}; {self._last(rank)})"
+        return f"{self._name(rank)} {what} ({seconds}; {self._last(rank)})"
 
     def _store_lost(self) -> str:
         """Why the store's connection broke: a process that dies closes it before it has gone."""
@@ -141,7 +138,7 @@ class Judge:
             error = " ".join(str(post.error).split())[:200]
             if 0 in post.absent:
                 return f"rank 0, or a launcher, has died before it began, and the store ({error})"
-            return f"{self.name()} has lost the store: its keeper, a launcher, has died ({error})"
+            return f"{self._me} has lost the store: its keeper, a launcher, has died ({error})"
         for _ in range(20):
             state = post.beats[keeper].process.state(post.process)
             if state is None or state in GONE:
@@ -149,10 +146,10 @@ class Judge:
             time.sleep(0.05)
         if state in GONE:
             return self._died(keeper)
-        return f"{self.name(keeper)} has died (connection lost; {self._last(keeper)})"
+        return f"{self._name(keeper)} has died (connection lost; {self._last(keeper)})"
 
     def _store_silent(self) -> str:
         keeper = self._post.keeper
         if keeper is None:
-            return f"{self.name()} hears nothing from the store for {self._dead_after:g} s"
+            return f"{self._me} hears nothing from the store for {self._dead_after:g} s"
         return self._silent(keeper)

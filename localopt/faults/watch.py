@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -86,6 +87,7 @@ class Watch:
     ) -> None:
         collective = collective or Collective()
         self._rank = collective.rank
+        self._me = f"rank {self._rank} on {socket.gethostname()}"
         self._beat, self._dead_after, self._stall_after = beat, dead_after, stall_after
         self._on_death, self._advice, self._signals = on_death or self._end, advice, signals
         self._parents = {pid: process(pid)[1] for pid in watch_parent}
@@ -108,10 +110,13 @@ class Watch:
         self._moved_at = time.monotonic()
 
         self._post: BeatExchange | None = None
+        self._judge: Judge | None = None
         if collective.world_size > 1:
             self._post = BeatExchange(collective, beat, dead_after, self._status, self._news)
-        self._judge = Judge(self._rank, self._post, beat, dead_after, stall_after, advice)
-        self._wakeup: Wakeup | None = None
+            self._judge = Judge(
+                self._rank, self._me, self._post, beat, dead_after, stall_after, advice
+            )
+        self._wakeup: Wakeup
         self._guard = threading.Thread(target=self._keep, name="localopt-watch", daemon=True)
 
     # What the main thread calls.
@@ -119,7 +124,8 @@ class Watch:
     def __enter__(self) -> Self:
         self._wakeup = Wakeup(self._signals)
         self._moved_at = time.monotonic()
-        self._judge.start()
+        if self._judge:
+            self._judge.start()
         self._guard.start()
         if self._post:
             self._post.thread.start()
@@ -133,8 +139,9 @@ class Watch:
     ) -> None:
         in_order = kind is None or (isinstance(error, SystemExit) and not error.code)
         if not in_order:
-            self.fail(f"{kind.__name__}: {error}" if str(error) else kind.__name__)
-            if self.verdict and self.first and not self.failed:
+            name = type(error).__name__
+            self.fail(f"{name}: {error}" if str(error) else name)
+            if error and self.verdict and self.first and not self.failed:
                 error.add_note(self.verdict)  # the threads are about to print it, and come too late
         self.close()
 
@@ -144,7 +151,7 @@ class Watch:
         The rank whose process keeps the store waits until the others know, at most a beat.
         """
         with self._changed:
-            if self._left or self._wakeup is None:
+            if self._left or self._guard.ident is None:  # left, or never entered
                 return
             self._left = True
             self._changed.notify_all()
@@ -192,15 +199,16 @@ class Watch:
         After a collective that failed this waits as `explain` does: another rank may be the
         reason. Otherwise it takes at most two seconds.
         """
-        if self._post is None or self.verdict or (waiting.failed and self.explain()):
+        post = self._post
+        if post is None or self.verdict or (waiting.failed and self.explain()):
             return
         step, line = self._running, " ".join(message.split())
-        text = f"{self._judge.name()} stopped: {line} (at step {step}); {self._advice}"
+        text = f"{self._me} stopped: {line} (at step {step}); {self._advice}"
         with self._changed:
             self.failed = True
             self._changed.notify_all()
-            self._post.accuse(Verdict(self._rank, text, failure=True))
-            self._changed.wait_for(lambda: self._post.settled or self._post.error, 2.0)
+            post.accuse(Verdict(self._rank, text, failure=True))
+            self._changed.wait_for(lambda: post.settled or post.error, 2.0)
 
     def explain(self, seconds: float | None = None) -> str | None:
         """Wait for a verdict that explains why a collective has failed.
@@ -227,7 +235,7 @@ class Watch:
             self._deciding = True
             self._changed.wait_for(lambda: self._stop is not None)
             self._deciding = False
-            if step >= self._stop:
+            if self._stop is None or step >= self._stop:
                 return False
             self._running = step + 1
             return True
@@ -236,19 +244,24 @@ class Watch:
         self.signal, self.reason = number, reason
         if self._proposal is None:
             # The main thread ends the step it is in, and makes no other until all have said so.
-            self._limit = self._proposal = self._running
+            self._proposal = self._running
+            self._limit = self._proposal
 
     def _decide(self) -> None:
         """stop = the largest proposal; of a rank that has left, the last step."""
         if self._proposal is None or self._stop is not None:
             return
-        proposals: list[int | None] = [self._proposal]
+        proposals = [self._proposal]
         if self._post and not (self._post.error and self._post.parted):
-            statuses = [beat.status for beat in self._post.beats.values()]
-            proposals += [s.step if s.left else s.proposal for s in statuses]
-            if self._post.absent or None in proposals:
+            for beat in self._post.beats.values():
+                proposal = beat.status.step if beat.status.left else beat.status.proposal
+                if proposal is None:
+                    return
+                proposals.append(proposal)
+            if self._post.absent:
                 return
-        self._limit = self._stop = max(proposals)
+        self._stop = max(proposals)
+        self._limit = self._stop
         self._changed.notify_all()
 
     def _status(self) -> Status:
@@ -259,14 +272,14 @@ class Watch:
             doing = "in a collective" if inside else self._phase
             return Status(self._running, doing, inside, still, proposal, self._left)
 
-    def _news(self) -> None:
+    def _news(self, post: BeatExchange) -> None:
         """In the post's thread, after each exchange."""
         with self._changed:
-            if self._post.stop:
-                self._hear_stop(*self._post.stop)
+            if post.stop:
+                self._hear_stop(*post.stop)
             self._decide()
             self._changed.notify_all()
-        if self._post.verdict or self._post.error:
+        if post.verdict or post.error:
             self._wakeup.wake()
 
     # The thread that judges.
@@ -275,9 +288,12 @@ class Watch:
         while not self._closed:
             self._heed(self._wakeup.wait(self._beat))
             now = time.monotonic()
-            self._judge.wake(now)
+            if self._judge:
+                self._judge.wake(now)
             self._notice(now)
-            if not self._left and (verdict := self._judge.judge(now, self._status())):
+            if not self._judge or self._left:
+                continue
+            if verdict := self._judge.judge(now, self._status()):
                 return self._carry_out(verdict)
 
     def _heed(self, numbers: Sequence[int]) -> None:
@@ -285,11 +301,11 @@ class Watch:
         self._interrupts += numbers.count(signal.SIGINT)
         if self._interrupts > 1:
             os._exit(128 + signal.SIGINT)
-        reasons = [(n, f"{signal.Signals(n).name} on {self._judge.name()}") for n in numbers]
+        reasons = [(n, f"{signal.Signals(n).name} on {self._me}") for n in numbers]
         for pid, started in self._parents.items():
             state, now_started = process(pid)
             if state in GONE or now_started != started:
-                reason = f"the launcher of {self._judge.name()} (process {pid}) has ended"
+                reason = f"the launcher of {self._me} (process {pid}) has ended"
                 reasons.append((signal.SIGTERM, reason))
         if not reasons or self._proposal is not None:
             return
@@ -302,7 +318,7 @@ class Watch:
     def _notice(self, now: float) -> None:
         """Whether the main thread has moved since the last look."""
         moved = (self._running, self._touches, waiting.count, waiting.depth, self._deciding)
-        if moved != self._moved or self._deciding or now == self._judge.excused:
+        if moved != self._moved or self._deciding or (self._judge and now == self._judge.excused):
             with self._lock:
                 self._moved, self._moved_at = moved, now
 

@@ -24,8 +24,8 @@ class BMUF(Rule):
     and what is said there of rounds of growing length holds here too.
 
     Args:
-        momentum: η, in [0, 1); None for 1 - 1/m, with m replicas.
-        lr: ζ.
+        momentum: η, the outer momentum, in [0, 1); None for 1 - 1/m, with m replicas.
+        lr: ζ, the outer learning rate.
         nesterov: the textbook's Nesterov form.
         compress: None, "bf16" or "int8": send z - x̄ in half or a quarter of the bytes, with error
             feedback, as `Average` does; or a codec of `localopt.compression`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class CoCoDSGD(Rule):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "corrects": self._corrects}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         # Replicas that agree, as those of a merged state do, have nothing to correct.
         self._corrects = state["corrects"] and not state["replicas_agree"]

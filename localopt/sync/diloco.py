@@ -25,7 +25,7 @@ class DiLoCo(Rule):
 
     Args:
         lr: ζ, the outer learning rate.
-        momentum: η, in [0, 1).
+        momentum: η, the outer momentum, in [0, 1).
         compress: None, "bf16" or "int8": send Δ in half or a quarter of the bytes, with error
             feedback, as `Average` does; or a codec of `localopt.compression`.
 

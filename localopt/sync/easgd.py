@@ -29,9 +29,9 @@ class EASGD(Rule):
     step.
 
     Args:
-        alpha: α; None for 0.9/m, with m replicas.
-        beta: β; None for mα.
-        pull: p, in [0, 1].
+        alpha: α, how far replicas are pulled to the centre; None for 0.9/m, with m replicas.
+        beta: β, how far the centre moves to their mean; None for mα.
+        pull: p, how far all steps of a round together pull to the centre, in [0, 1].
         overlap: whether the collective runs behind training; None: where there is no pull.
 
     Raises:

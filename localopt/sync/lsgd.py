@@ -41,7 +41,7 @@ class LSGD(Rule):
         c: pull at a synchronisation, in [0, 1].
         p: pull over the steps of a round, in [0, 1].
         group_size: replicas in a group; None for one level. It must divide their number.
-        c_global, p_global: the same towards the global leader.
+        c_global, p_global: as c and p, towards the global leader.
         global_every: rounds between synchronisations with it; needed with group_size.
 
     Raises:
@@ -111,7 +111,8 @@ class LSGD(Rule):
     @torch.no_grad()
     def end_round(self) -> None:
         rounds = self.replica.round.number + 1
-        meets_all = bool(self.global_every) and rounds % self.global_every == 0
+        every = self.global_every
+        meets_all = every is not None and rounds % every == 0
         levels = self._levels if meets_all else self._levels[:1]
         seen = self.replica.meet(Kind.SYNC, levels)
         self._check_leaders(seen[-1])

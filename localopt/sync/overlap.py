@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,10 @@ class OverlapLocalSGD(Rule):
     grows, as with QSR, v mixes rounds of all lengths; a smaller β is safer.
 
     Args:
-        alpha: α, in [0, 1): at 1 a replica would forget its round altogether.
-        beta: β, in [0, 1).
-        normalize_by_lr: keep v in units of gradients.
+        alpha: α, how far replicas are pulled to the anchor, in [0, 1): at 1 a replica would forget
+            its round altogether.
+        beta: β, the anchor's momentum, in [0, 1).
+        normalize_by_lr: keep v in units of gradients, as above.
 
     Raises:
         ValueError: for settings outside these; at a synchronisation, if γ is 0 and should be
@@ -103,7 +104,7 @@ class OverlapLocalSGD(Rule):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "pulled": self._pulled}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._pulled = state.get("pulled", False) and not state["replicas_agree"]
 

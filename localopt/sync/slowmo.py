@@ -25,7 +25,7 @@ class SlowMo(Rule):
     rounds of growing length holds here too.
 
     Args:
-        beta: β, in [0, 1).
+        beta: β, the slow momentum, in [0, 1).
         lr: ζ, the slow learning rate.
         compress: None, "bf16" or "int8": send z - x̄ in half or a quarter of the bytes, with error
             feedback, as `Average` does; or a codec of `localopt.compression`.

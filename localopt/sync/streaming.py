@@ -38,12 +38,12 @@ class Streaming(Rule):
     at one step. Momentum supposes rounds of one length, as `BlockMomentum` explains.
 
     Args:
-        fragments: K.
-        outer_lr: ζ.
+        fragments: K, how many.
+        outer_lr: ζ, the outer learning rate.
         outer_momentum: μ, Nesterov's, in [0, 1).
         overlap: whether a fragment travels until the next one is due.
         alpha: α, in (0, 1]; None for 1, or 0.5 where fragments travel behind training.
-        delay: τ.
+        delay: τ, local steps between a fragment's launch and its use.
         outer: another outer step: makes the optimizer, as for `BlockMomentum`.
         compress: None, "bf16" or "int8": send Δ in half or a quarter of the bytes, with error
             feedback, as `Average` does; or a codec of `localopt.compression`. It is waited for.
@@ -158,6 +158,7 @@ class Streaming(Rule):
         if self._moved is not None:
             k, self._moved = self._moved, None
             x, z = self.replica.flat.params, self.z.data
+            assert self.alpha is not None
             with torch.no_grad():
                 pull_(self.mean.of(x, k), self.mean.of(z, k), self.alpha)
 

@@ -170,7 +170,7 @@ class Copied:
         flight = self._flight
         if not self._behind or flight is None or flight.ended is not None:
             return
-        if flight.pending.done():
+        if isinstance(flight.pending, Pending) and flight.pending.done():
             flight.ended = time.perf_counter()
 
     @torch.no_grad()
@@ -225,8 +225,9 @@ class Copied:
         return mean_square_norm(self._replica, own, self._replica.collective)
 
     def _non_finite(self, flight: _Flight) -> list[str]:
-        whole = flight.fragment is None
-        return flight.sent.non_finite() if whole else self._cut.non_finite(flight.fragment)
+        if flight.fragment is None:
+            return flight.sent.non_finite()
+        return self._cut.non_finite(flight.fragment)
 
     def drop(self) -> None:
         """Wait for what is in flight, if anything, and forget it.
