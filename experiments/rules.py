@@ -3,25 +3,22 @@
     python -m experiments.rules --seeds 0 1 2 3 4 --replicas 2 4
 
 Each run is a process of its own (torchrun main.py). Its row goes to results/rules.csv; rows that
-are there are not run again. Prints means with 95 % confidence intervals (Student's t).
+are there are not run again. Prints means with 95 % confidence intervals.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.digits import IMAGES
+from experiments.program import ROOT, trained
 from experiments.rows import append, read
-from experiments.statistics import mean_and_interval
+from experiments.statistics import accuracy
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results" / "rules.csv"
 
 EPOCHS = 20
@@ -77,34 +74,8 @@ def main() -> None:
 def measure(rule: str, replicas: int, seed: int) -> dict[str, object]:
     """Train once; the row of the result."""
     recipe, flags = RULES[rule]
-    with tempfile.TemporaryDirectory() as logs:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node", str(replicas), "main.py",
-            "--recipe-pth", f"recipe/digits-resnet-{recipe}.yml", *flags,
-            "--epochs", str(EPOCHS), "--seed", str(seed), "--init-model-by-seed", str(seed),
-            "--physical-batch-size", str(32 // replicas), "--log-pth", logs,
-        ]  # fmt: skip
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if ended.returncode:
-            raise SystemExit(f"{rule}, {replicas} replicas, seed {seed}:\n{ended.stderr}")
-        (folder,) = Path(logs).iterdir()
-        summary = json.loads((folder / "summary.json").read_text())
-        environment = json.loads((folder / "environment.json").read_text())
-    return {
-        "rule": rule,
-        "replicas": replicas,
-        "seed": seed,
-        "top1": summary["top1"],
-        "loss": summary["loss"],
-        "steps": summary["step"],
-        "syncs": summary["syncs"],
-        "bytes": summary["bytes"],
-        "exposed": summary["exposed_seconds"],
-        "hidden": summary["hidden_seconds"],
-        "seconds": summary["train_seconds"],
-        "commit": environment["commit"],
-    }
+    flags = [*flags, "--epochs", str(EPOCHS), "--physical-batch-size", str(32 // replicas)]
+    return {"rule": rule, **trained(f"digits-resnet-{recipe}.yml", replicas, seed, flags)}
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -133,7 +104,9 @@ def _line(rule: str, runs: list[list[dict[str, str]]]) -> str:
             for rows in runs
         )
 
-    accuracies = [_accuracy(rows) for rows in runs]
+    accuracies = [
+        accuracy([float(row["top1"]) for row in rows], IMAGES) if rows else "-" for rows in runs
+    ]
     one = next(rows for rows in runs if rows)[0]
     figures = [
         f"{int(one['syncs']):,} of {int(one['steps']):,}",
@@ -142,13 +115,6 @@ def _line(rule: str, runs: list[list[dict[str, str]]]) -> str:
         means("hidden", 1, ".1f"),
     ]
     return "| " + " | ".join([rule, *accuracies, *figures]) + " |"
-
-
-def _accuracy(rows: list[dict[str, str]]) -> str:
-    if not rows:
-        return "-"
-    mean, interval = mean_and_interval([100 * float(row["top1"]) for row in rows])
-    return f"{mean:.2f} ± {interval:.2f} %"
 
 
 if __name__ == "__main__":
