@@ -17,9 +17,11 @@ from tqdm import tqdm
 from experiments.program import ROOT, trained
 from experiments.rows import append, read
 from experiments.statistics import accuracy
+from training.plan import plan
 
 RESULTS = ROOT / "experiments" / "results" / "digits.csv"
 IMAGES = 359  # to test on
+TRAINED_ON = 1438
 
 # Recipe -> name in the table. A recipe and the one behind it differ in the optimizer only.
 RECIPES = {
@@ -40,6 +42,13 @@ def main() -> None:
     for recipe, seed in tqdm([run for run in wanted if run not in done], unit="run"):
         append(options.out, {"recipe": recipe, **trained(recipe, 2, seed)})
     print(table(read(options.out)))
+
+
+def hs(recipe: str) -> tuple[list[int], list[float]]:
+    """H of each round, and the learning rate of each step."""
+    found = plan(["--plan", "--recipe-pth", f"recipe/{recipe}", "--plan-images", str(TRAINED_ON)])
+    rates = [found.schedule(step) for step in range(found.schedule.total_steps)]
+    return [h for _, h in found.scenarios[found.chosen].rounds], rates
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 
 import pytest
 
 from experiments import communication, from_scratch, periods, rules
 from experiments.rows import append, read
 from experiments.small import Setting
-from experiments.statistics import mean_and_interval
+from experiments.statistics import accuracy, accuracy_interval, mean_and_interval
 
 
 def test_intervals_are_students() -> None:
@@ -18,6 +19,18 @@ def test_intervals_are_students() -> None:
     mean, half = mean_and_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0 and half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
     assert math.isnan(mean_and_interval([1.0])[1])
+
+
+def test_intervals_of_accuracies_stay_below_one() -> None:
+    """By hand: p = 0.98, s = 0.02, n = 4, t(0.975, 3) = 3.182446, se(logit) = 0.01 / 0.0196."""
+    low, high = accuracy_interval([1.0, 1.0, 0.96, 0.96], 100)
+    half = 3.182446 * statistics.stdev([1.0, 1.0, 0.96, 0.96]) / 2 / (0.98 * 0.02)
+    odds = math.log(0.98 / 0.02)
+    assert low == pytest.approx(1 / (1 + math.exp(half - odds)), rel=1e-6)
+    assert high == pytest.approx(1 / (1 + math.exp(-half - odds)), rel=1e-6)
+    assert low < 0.98 < high < 1
+    assert accuracy_interval([1.0, 1.0], 100)[1] < 1
+    assert accuracy([0.5], 100) == "50.00 %"
 
 
 def test_rows_are_kept_and_put_in_a_table(tmp_path) -> None:
@@ -31,7 +44,7 @@ def test_rows_are_kept_and_put_in_a_table(tmp_path) -> None:
         append(path, row)
     assert len(read(path)) == 2
     line = rules.table(read(path)).splitlines()[-1]
-    assert line.startswith("| EASGD | 99.00 ± 12.71 % | 220 of 880 | 0 | 0.0 | 0.0 |")
+    assert line.startswith("| EASGD | 99.00 (0.03 to 100.00) % | 220 of 880 | 0 | 0.0 | 0.0 |")
 
 
 def test_the_time_to_an_accuracy() -> None:
