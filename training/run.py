@@ -28,8 +28,9 @@ from localopt.faults import control
 from . import checks, engine, models, optimizers, record
 from .checkpoint import files, resume, saver
 from .checkpoint.saver import SaveError
-from .config import PER_HOST, Config, ConfigError, absolute
+from .config import PER_HOST, Config
 from .lr import Schedule
+from .values import ConfigError, absolute
 
 if TYPE_CHECKING:
     from .methods import Ema

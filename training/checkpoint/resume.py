@@ -18,8 +18,9 @@ from localopt.collective import Collective
 from localopt.faults import control
 from localopt.merge import merged
 
-from ..config import DEFAULTS, HOST_KEYS, Config, ConfigError, absolute
+from ..config import DEFAULTS, HOST_KEYS, Config
 from ..optimizers import DataParallel
+from ..values import ConfigError, absolute
 from . import files
 from .files import MANIFEST, CheckpointError, sha256
 from .saver import Counting, State
