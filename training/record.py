@@ -22,7 +22,7 @@ from .config import Config
 from .distributed import Process
 from .engine import Measures, ReplicaOptimizer
 from .evaluate import Evaluation
-from .loggers import JsonLines, Logger, Wandb
+from .loggers import JsonLines, Logger, chosen
 from .values import ConfigError
 
 PREEMPTED = "preempted"  # the marker of a run that was asked to stop
@@ -84,9 +84,7 @@ class Recorder:
                 raise ConfigError(f"{folder}: another run is writing there")
             (folder / PREEMPTED).unlink(missing_ok=True)
             self._file = JsonLines(folder / "metrics.jsonl", kept)
-            self._loggers.append(self._file)
-            if config.wandb != "disabled":
-                self._loggers.append(Wandb(config, folder))
+            self._loggers = [self._file, *chosen(config.as_dict(), folder, start.step)]
         self._bar = tqdm(
             total=total_steps,
             initial=start.step,
