@@ -32,17 +32,11 @@ _MOST_STEPS = 10_000_000  # a plan goes through all of them
 
 @dataclass(frozen=True)
 class Known:
-    """A data set whose size is known without its files.
+    """A data set whose size is known without its files."""
 
-    Attributes:
-        images: for training.
-        classes: their number.
-        resolution: pixels of a side, as stored; None where images differ.
-    """
-
-    images: int
+    images: int  # for training
     classes: int
-    resolution: int | None
+    resolution: int | None  # pixels of a side, as stored; None where images differ
 
 
 KNOWN = {
@@ -54,32 +48,19 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has been thought through.
+    """A run that has been thought through."""
 
-    Attributes:
-        recipe: its file, as given.
-        config: its settings.
-        options: the plan's own.
-        images, source: number of training images, and where that is from.
-        nodes: the node of each rank.
-        steps_per_epoch: optimizer steps in an epoch.
-        schedule: its learning rate.
-        parameters: their number.
-        scenarios: by name, the ways to synchronise that are compared.
-        chosen: the name of the run's own.
-    """
-
-    recipe: str
+    recipe: str  # its file, as given
     config: Config
     options: Options
     images: int
-    source: str
-    nodes: list[int]
+    source: str  # where their number is from
+    nodes: list[int]  # the node of each rank
     steps_per_epoch: int
     schedule: Schedule
-    parameters: int
-    scenarios: dict[str, Scenario]
-    chosen: str
+    parameters: int  # their number
+    scenarios: dict[str, Scenario]  # by name, the ways to synchronise that are compared
+    chosen: str  # the name of the run's own
 
     @property
     def bandwidth(self) -> float:
@@ -101,10 +82,7 @@ class Plan:
 
 
 def plan(argv: Sequence[str]) -> Plan:
-    """Think a run through.
-
-    Args:
-        argv: the arguments after the program's name, ``--plan`` among them.
+    """Think a run through, whose arguments have ``--plan`` among them.
 
     Raises:
         ConfigError: for whatever the run itself would refuse before it needs data, other replicas
@@ -131,21 +109,15 @@ def plan(argv: Sequence[str]) -> Plan:
     model = _model(config, data.classes)
     checks.check_model(config, model, len(nodes))
     return Plan(
-        recipe=recipe,
-        config=config,
-        options=options,
-        images=data.images,
-        source=source,
-        nodes=nodes,
-        steps_per_epoch=steps_per_epoch,
-        schedule=schedule,
+        recipe=recipe, config=config, options=options, images=data.images, source=source,
+        nodes=nodes, steps_per_epoch=steps_per_epoch, schedule=schedule,
         parameters=sum(p.numel() for p in model.parameters()),
         scenarios={
             name: cost.scenario(variant, schedule, model, nodes)
             for name, variant in _variants(config, options.alphas).items()
         },
         chosen=_name(config),
-    )
+    )  # fmt: skip
 
 
 def _data_set(config: Config, options: Options) -> tuple[Known, str]:
