@@ -17,7 +17,7 @@ from tqdm import tqdm
 from experiments.program import ROOT, trained
 from experiments.rows import append, read
 from experiments.statistics import accuracy
-from training.plan import plan
+from training.plan.plan import plan
 
 RESULTS = ROOT / "experiments" / "results" / "digits.csv"
 IMAGES = 359  # to test on

@@ -20,7 +20,7 @@ from localopt import Period, Rule
 from localopt.period import PERIODS
 from localopt.sync import RULES
 
-from .config import did_you_mean
+from .values import did_you_mean
 
 # By setting: what must be made, and the built-in ones.
 KINDS: dict[str, tuple[type, Mapping[str, Callable[..., Any]]]] = {
@@ -41,7 +41,7 @@ def check(setting: str, name: str) -> None:
         if name not in builtin:
             raise ValueError(
                 f"it must be one of {', '.join(builtin)}, or the import path module:Class of a "
-                f"{base.__name__} of your own{did_you_mean(name, list(builtin))}"
+                f"{base.__name__} of your own{did_you_mean(name, builtin)}"
             )
         return
     module, _, attribute = name.partition(":")
@@ -88,20 +88,20 @@ def _imported(path: str) -> Any:
                 f"there is no module {missing}: it must be in main.py's folder, in one of "
                 "PYTHONPATH's, or installed"
             ) from None
-        raise ValueError(f"importing {path} raised {_told(error)}") from error
+        raise ValueError(f"importing {path} raised {_described(error)}") from error
 
 
-def _told(error: BaseException) -> str:
-    """An error in a line, with its place in the code that was imported."""
+def _described(error: BaseException) -> str:
+    """An error in a line, with where it is in the code that was imported."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = (__file__, importlib.__file__)
-    places = [
+    lines = [
         f" ({frame.filename}, line {frame.lineno})"
         for frame in frames
         if frame.filename not in ours and not frame.filename.startswith("<frozen")
     ]
     # A SyntaxError has none: it says itself where it is.
-    return f"{type(error).__name__}: {one_line(error)}{places[-1] if places else ''}"
+    return f"{type(error).__name__}: {one_line(error)}{lines[-1] if lines else ''}"
 
 
 def one_line(error: BaseException) -> str:

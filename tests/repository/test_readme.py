@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.patience import PATIENCE
 from tests.support.program import ROOT
-from training.plan import plan
+from training.plan.plan import plan
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
