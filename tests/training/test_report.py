@@ -412,3 +412,36 @@ def test_its_place_is_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(good)]) == 0
     assert capsys.readouterr().out == f"{good / 'report' / PAGE}: 1 run\n"
     assert (good / "report" / PAGE).exists()
+
+
+def test_the_axis_shows_the_last_tenths(tmp_path: Path) -> None:
+    """Accuracies of 20, 60, … up to 98.9 and 99.1 %: the axis spans the second half."""
+    tops = [0.2, 0.6, 0.9, 0.97, 0.985, 0.989, 0.991, 0.99]
+    records = [val(EPOCH * n, top1=top1) for n, top1 in enumerate(tops, 1)]
+    runs = read([run(tmp_path / "run", records)])
+    drawn = {c.name: c for s in charts.sections(runs) for c in s.charts}
+    low, high = drawn["accuracy-epochs"].bounds
+    assert 96.5 < low < 97 and 99.1 < high < 99.4
+    assert "second half" in drawn["accuracy-epochs"].note
+    assert drawn["loss-epochs"].bounds is None
+    few = read([run(tmp_path / "few", records[:3])])
+    assert charts.sections(few)[0].charts[0].bounds is None, "too few to leave any out"
+
+
+def test_why_training_does_worse_is_said(tmp_path: Path) -> None:
+    hard = {**VIT, "label_smoothing": 0.1, "crop_scale": [0.8, 1.0], "flip": False}
+    runs = read([run(tmp_path / "run", whole(), hard)])
+    notes = {c.name: c.note for s in charts.sections(runs) for c in s.charts}
+    assert "smoothed labels and crops: so they lie above" in notes["loss-epochs"]
+    plain = read([run(tmp_path / "plain", whole(), VIT)])
+    assert "harder" not in charts.sections(plain)[0].charts[3].note
+
+
+def test_other_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [run(tmp_path / "a", whole()), run(tmp_path / "b", whole(), {**VIT, "data": "cifar10"})]
+    reported(tmp_path / "out", *runs)
+    line = "These runs are on different data (digits; cifar10): do not compare their figures."
+    assert line in capsys.readouterr().err
+    assert line in (tmp_path / "out" / "report.html").read_text()
+    reported(tmp_path / "own", *runs[:1])
+    assert "different data" not in (tmp_path / "own" / "report.html").read_text()

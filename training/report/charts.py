@@ -46,6 +46,7 @@ class Chart:
     y: Axis
     curves: Sequence[Curve]  # in the units of the axes; none if nothing was recorded
     note: str = ""  # what a reader must know; why it is empty, where it is
+    bounds: tuple[float, float] | None = None  # of what is shown along y; None: all
     stepped: bool = False  # whether a point holds since the one before
     coinciding: bool = False  # whether curves may well lie on each other
 
@@ -117,11 +118,47 @@ def _learning(runs: Sequence[Run], what: str, along: tuple[str, str, str]) -> Ch
     if x == "epoch":
         training = _curves(runs, ("train",), x, what, faint=True)
         if training:
-            note = f"{note} Faint: while training, on rank 0’s images.".strip()
+            note = f"{note} {_of_training(runs, what)}".strip()
         curves = training + curves
     curves, axis = _along(x, _scaled(curves, factor))
     y = Axis(what, "%" if what == "accuracy" else "", from_zero=False)
-    return Chart(f"{what}-{name}", f"{what.capitalize()} over {words}", axis, y, curves, note)
+    bounds = _late(curves) if what == "accuracy" else None
+    if bounds:
+        note = f"{note} The axis spans the second half of training; what was before lies below."
+    title = f"{what.capitalize()} over {words}"
+    return Chart(f"{what}-{name}", title, axis, y, curves, note.strip(), bounds)
+
+
+def _of_training(runs: Sequence[Run], what: str) -> str:
+    """What the faint curves are, and why they are not those of the validation."""
+    changes = {
+        "label_smoothing": "smoothed labels", "mixup": "Mixup",
+        "randaugment_depth": "RandAugment", "flip": "flips", "crop_padding": "crops",
+    }  # fmt: skip
+    known = [run.settings for run in runs if run.settings]
+    found = [words for key, words in changes.items() if any(s.get(key) for s in known)]
+    if any(s.get("crop_scale") not in (None, [1, 1]) for s in known):
+        found = list(dict.fromkeys([*found, "crops"]))
+    side = "above" if what == "loss" else "below"
+    why = f", made harder by {' and '.join(found)}: so they lie {side}" if found else ""
+    return f"Faint: while training, on rank 0’s images{why}."
+
+
+def _late(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """The bounds of what runs reach in the second half of training, if that is much less than all.
+
+    Where a run ends well its last tenths count, and the first epochs would take the whole axis.
+    """
+    own = [c.points for c in curves if not c.faint]
+    values = [y for points in own for _, y in points if math.isfinite(y)]
+    late = [y for points in own for x, y in points if math.isfinite(y) and x >= points[-1][0] / 2]
+    if not late or min(map(len, own)) < 4:
+        return None
+    low, high = min(late), max(values)
+    pad = 0.08 * (high - low)
+    if pad == 0 or low - pad <= min(values):
+        return None
+    return low - pad, high + pad
 
 
 def _rounds(runs: Sequence[Run]) -> Chart:

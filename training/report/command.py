@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..settings import Parser
 from ..values import ConfigError
-from . import draw
+from . import draw, names
 from .charts import sections
 from .page import page
 from .runs import ReportError, Run, read
@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags = parser.parse_args(arguments)
         out = flags.out or flags.runs[0] / "report"
         runs = read(flags.runs)
+        if warning := names.different_data([run.settings for run in runs]):
+            print(f"training.report: {warning}", file=sys.stderr)
         write(report(runs), out)
     except (ConfigError, ReportError) as error:
         print(f"training.report: {error}", file=sys.stderr)

@@ -166,7 +166,7 @@ def _line(axes: Axes, chart: Chart, curve: Curve, colours: _Colours) -> None:
         linestyle=(0, dash) if dash else "-",
         drawstyle="steps-pre" if chart.stepped else "default",
         marker="o" if few else "", markersize=4.5, markeredgewidth=0,
-        solid_joinstyle="round", clip_on=False,
+        solid_joinstyle="round", clip_on=chart.bounds is not None,
     )  # fmt: skip
 
 
@@ -174,7 +174,9 @@ def _scale(axes: Axes, chart: Chart) -> None:
     """Limits, and a few ticks with plain numbers."""
     points = [point for curve in chart.curves for point in curve.points]
     axes.set_xlim(0, max((x for x, _ in points), default=0) or 1)
-    if chart.y.from_zero:
+    if chart.bounds:
+        axes.set_ylim(*chart.bounds)
+    elif chart.y.from_zero:
         finite = [0.0, *(y for _, y in points if math.isfinite(y))]
         axes.set_ylim(min(finite), 1.05 * max(finite) if max(finite) > 0 else 1)
     elif chart.y.doubling:

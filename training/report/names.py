@@ -72,6 +72,19 @@ def subject(settings: Settings) -> str:
     return f"{model} on {data}" if model and data else ""
 
 
+def different_data(runs: Sequence[Settings]) -> str:
+    """What to say of runs on different data; "" where there is one, or none known."""
+    further, unset = ("resolution", "label_skew"), (None, -1, 0)
+    kinds = dict.fromkeys(
+        ", ".join([str(s["data"]), *(f"{k} {s[k]}" for k in further if s.get(k) not in unset)])
+        for s in runs
+        if s.get("data")
+    )
+    if len(kinds) < 2:
+        return ""
+    return f"These runs are on different data ({'; '.join(kinds)}): do not compare their figures."
+
+
 def _local(settings: Settings) -> bool:
     return str(settings["optimizer"]).startswith("local")
 

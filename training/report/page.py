@@ -19,7 +19,7 @@ _WORDS = (
     "Accuracy and loss are those of the consensus (the model that the replicas agree on) over all "
     "validation images; in the table, the last evaluation’s. H: the steps that replicas take alone "
     "before they meet. Syncs: how often they met, and their share of the steps. Sent: by each "
-    "replica. Blocked: seconds in which training stood still for communication. Hidden: seconds of "
+    "replica. Exposed: seconds in which training stood still for communication. Hidden: seconds of "
     "communication behind training. Training: seconds, evaluation left out.",
     "All figures are those that rank 0 wrote to metrics.jsonl in the runs’ folders.",
 )
@@ -38,6 +38,7 @@ class Column:
 def page(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     """The whole page."""
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared"
+    warning = names.different_data([run.settings for run in runs])
     parts = [
         "<!doctype html>",
         '<html lang="en">',
@@ -46,6 +47,7 @@ def page(runs: Sequence[Run], sections: Sequence[Section]) -> str:
         f"<title>{escape(title)} – localopt</title>",
         f"<style>\n{_style()}</style>",
         f"<h1>{_text(title)}</h1>",
+        *([f'<p class="warning">{escape(warning)}</p>'] if warning else []),
         _table(runs),
         *(_section(section, runs) for section in sections),
         "<footer>",
@@ -112,6 +114,7 @@ def _table(runs: Sequence[Run]) -> str:
         rows.append(f"<tr>{_head(at, run, len(runs) > 1)}{cells}</tr>")
     return "\n".join(
         [
+            '<p class="hint">The table goes on to the right: scroll it sideways.</p>',
             '<div class="scroll" role="region" aria-label="Comparison" tabindex="0">',
             f'<table><thead><tr><th scope="col" class="words">run</th>{heads}</tr></thead>',
             "<tbody>",
