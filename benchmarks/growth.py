@@ -195,13 +195,15 @@ def plot(links: dict[str, Seen], path: Path) -> None:
         ours = [row[OURS] for row in seen.values()]
         alpha, beta = fitted(sizes, ours)
         line = np.geomspace(min(sizes), max(sizes))
-        axes.plot(line, alpha + beta * line, color=colour, linewidth=1)
+        text = f"{link}: {1e3 * alpha:.1f} ms + size / ({1 / beta:,.0f} MB/s)"
+        axes.plot(line, alpha + beta * line, color=colour, linewidth=1, label=text)
         axes.plot(sizes, ours, "o", color=colour, label=f"{link}, Average")
         bare = [row[BARE] for row in seen.values()]
         axes.plot(sizes, bare, "x", color=colour, label=f"{link}, bare all_reduce")
     axes.set(xscale="log", yscale="log", xlabel="parameters, MB", ylabel="one synchronisation, s")
     axes.grid(True, linewidth=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("2 ranks; lines: fits to Average's seconds", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=3)
     figure.savefig(path, dpi=150)
 
 
