@@ -84,8 +84,9 @@ def setting_of(options: argparse.Namespace) -> Setting:
     return Setting(**{name: getattr(options, name) for name in asdict(Setting())})
 
 
-# What a study runs: a period and a rule, from the name in its table.
-Make = Callable[[Setting, str], tuple[Period, Rule | None]]
+# What a study runs: a period and a rule, from the name in its table; and on which of the images
+# that are not trained on it is looked at, all by default.
+Make = Callable[[Setting, str], tuple[Period, Rule | None] | tuple[Period, Rule | None, slice]]
 
 
 def run_missing(
@@ -109,7 +110,7 @@ def _replica(
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for done, (name, seed) in enumerate(missing):
-        found = train(setting, *make(setting, name), seed, rank)
+        found = train(setting, seed, rank, *make(setting, name))
         if rank == 0:
             append(out, {"name": name, "seed": seed, **found, **asdict(setting), "commit": commit})
             print(f"\r{done + 1}/{len(missing)} ", end="", flush=True)
@@ -117,7 +118,14 @@ def _replica(
     dist.destroy_process_group()
 
 
-def train(setting: Setting, period: Period, rule: Rule | None, seed: int, rank: int) -> Row:
+def train(
+    setting: Setting,
+    seed: int,
+    rank: int,
+    period: Period,
+    rule: Rule | None,
+    seen: slice = slice(None),
+) -> Row:
     """Train once; what came of it, of the consensus."""
     images, labels, test_images, test_labels = split(setting, seed)
     torch.manual_seed(seed)
@@ -142,7 +150,7 @@ def train(setting: Setting, period: Period, rule: Rule | None, seed: int, rank: 
     optimizer.finish()
     with torch.no_grad():
         loss = float(cross_entropy(model(images), labels))
-        right = float((model(test_images).argmax(1) == test_labels).float().mean())
+        right = float((model(test_images[seen]).argmax(1) == test_labels[seen]).float().mean())
     drift = math.sqrt(sum(d * d for d in drifts) / len(drifts)) if drifts else math.nan
     return {"top1": right, "train_loss": loss, "drift": drift, "longest": longest, **counted}
 
