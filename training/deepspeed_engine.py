@@ -24,12 +24,8 @@ from .engine import Engine, ReplicaOptimizer
 from .optimizers import DataParallel
 from .values import ConfigError, absolute
 
-import deepspeed.ops  # isort: skip
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # isort: skip
 from deepspeed.runtime.config import DeepSpeedConfigError  # isort: skip
-
-# Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # How DeepSpeed complains of its settings.
 _REFUSALS = (DeepSpeedConfigError, NotImplementedError, ValueError, TypeError, AssertionError)

@@ -20,10 +20,13 @@ if not torch.accelerator.is_available():
     distributed.set_default("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import deepspeed.ops
 from deepspeed.runtime.config_utils import DeepSpeedConfigObject
 from deepspeed.utils.logging import log_levels
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # By setting of the recipe: what DeepSpeed has for it.
 _OURS = {

@@ -112,11 +112,10 @@ class Engine(ABC):
             correct.append((logits.detach().argmax(1) == labels).sum())
             if len(losses) == self.accumulation:
                 grad_norm, param_norm = self._before_update(norms)
-                self.record_loss(torch.stack(losses).mean())
+                mean_loss = torch.stack(losses).mean()
+                self.record_loss(mean_loss)
             self.update()
-        return Measures(
-            torch.stack(losses).mean(), torch.stack(correct).sum(), grad_norm, param_norm
-        )
+        return Measures(mean_loss, torch.stack(correct).sum(), grad_norm, param_norm)
 
     @torch.no_grad()
     def _before_update(self, norms: bool) -> tuple[Tensor | None, Tensor | None]:

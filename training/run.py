@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from data import sources
 from data.dataset import DESCRIPTION, TRAIN, VAL, DataError, checked, sha256
 from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
@@ -248,14 +249,15 @@ def _agreed_on_data(
 ) -> tuple[Config, int]:
     """Settings that the data set fits, which all hosts have alike, and the steps in an epoch.
 
-    The embedded data set is written where it is missing, once per host.
+    Data that need nothing else are written where they are missing, once per host.
     """
     folder = _data_folder(config)
     description, train = folder / DESCRIPTION, folder / TRAIN
-    if config.data == "digits" and process.local_rank == 0 and not description.exists():
-        from data import write  # imports scikit-learn, which takes a second
+    if process.local_rank == 0 and config.data in sources.NAMES and not description.exists():
+        from data import write
 
-        write.write("digits", {"size": 32, "split": "test"}, folder)
+        if (source := sources.source(config.data)).embedded:
+            write.write(config.data, source.defaults(), folder)
     control.gather(collective, "data are there")
     found = sha256(description) if description.exists() else "none"
     control.agree(collective, [f"data {config.data}: {found}"], control.TIMEOUT)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.dataset import DESCRIPTION, TRAIN, DataError, Dataset
+from data.source import Known
 
 from ..config import Config
 from ..lr import Schedule
@@ -28,22 +29,6 @@ if TYPE_CHECKING:
     from .cost import Scenario
 
 _MOST_STEPS = 10_000_000  # a plan goes through all of them
-
-
-@dataclass(frozen=True)
-class Known:
-    """A data set whose size is known without its files."""
-
-    images: int  # for training
-    classes: int
-    resolution: int | None  # pixels of a side, as stored; None where images differ
-
-
-KNOWN = {
-    "imagenet": Known(1_281_167, 1000, None),
-    "cifar10": Known(50_000, 10, 32),
-    "digits": Known(1_438, 10, 32),
-}
 
 
 @dataclass(frozen=True)
@@ -121,9 +106,11 @@ def plan(argv: Sequence[str]) -> Plan:
 
 
 def _data_set(config: Config, options: Options) -> tuple[Known, str]:
-    """The data set's size, and where that is known from: the flags, its files, or `KNOWN`."""
+    """The data set's size, and where that is known from: the flags, its files, or its kind."""
+    from data import sources
+
     path = absolute(config.data_pth) / config.data / DESCRIPTION
-    found, source = KNOWN.get(config.data), "as published"
+    found, source = sources.known(config.data), "as published"
     if path.exists():
         found, source = _described(path, found), DESCRIPTION
     images = options.images or (found and found.images)
@@ -134,7 +121,7 @@ def _data_set(config: Config, options: Options) -> tuple[Known, str]:
             "--plan-images and --plan-classes"
         )
     source = "--plan-images" if options.images else source
-    return Known(images, classes, found and found.resolution), source
+    return Known(config.data, images, classes, found and found.resolution), source
 
 
 def _described(path: Path, known: Known | None) -> Known:
@@ -148,7 +135,7 @@ def _described(path: Path, known: Known | None) -> Known:
     images = dataset.files[TRAIN].images
     size = dataset.settings.get("size")
     resolution = size if isinstance(size, int) else known and known.resolution
-    return Known(images, len(dataset.classes), resolution)
+    return Known(dataset.name, images, len(dataset.classes), resolution)
 
 
 def _model(config: Config, classes: int) -> nn.Module:
