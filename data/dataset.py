@@ -10,6 +10,8 @@ import hashlib
 import json
 import math
 import reprlib
+import stat
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ TRAIN, VAL = "train.beton", "val.beton"
 # Up to this size a file's checksum is compared at every opening (a tenth of a second); of a larger
 # one only the size, since reading all of ImageNet would take minutes.
 CHECKSUM_LIMIT = 64 * 2**20
+DESCRIPTION_LIMIT = 2**24  # bytes; that of ImageNet has 30,000
 
 
 class DataError(Exception):
@@ -68,18 +71,18 @@ class Dataset:
             DataError: it is missing or not of this form.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(regular(path, DESCRIPTION_LIMIT))
             files = {name: File(**entry) for name, entry in content.pop("files").items()}
             dataset = cls(**content, files=files)
         except FileNotFoundError:
-            raise DataError(f"{path} is missing; {_remedy(path)}") from None
+            raise DataError(f"{path} is missing; {remedy(path)}") from None
         except (
             OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError
         ) as error:  # fmt: skip
             told = " ".join(str(error).split())
-            raise DataError(f"{path} cannot be read ({told}); {_remedy(path)}") from None
+            raise DataError(f"{path} cannot be read ({told}); {remedy(path)}") from None
         if wrong := _wrong(dataset):
-            raise DataError(f"{path}: {wrong}; {_remedy(path)}")
+            raise DataError(f"{path}: {wrong}; {remedy(path)}")
         return dataset
 
     def dump(self) -> str:
@@ -144,10 +147,10 @@ def checked(path: str | Path) -> Dataset:
     path = Path(path)
     if not path.is_file():
         state = "isn't a file" if path.exists() else "is missing"
-        raise DataError(f"{path} {state}; {_remedy(path)}")
+        raise DataError(f"{path} {state}; {remedy(path)}")
     dataset = Dataset.load(path.with_name(DESCRIPTION))
     if path.name not in dataset.files:
-        raise DataError(f"{path} isn't described in {DESCRIPTION}; {_remedy(path)}")
+        raise DataError(f"{path} isn't described in {DESCRIPTION}; {remedy(path)}")
     file, size = dataset.files[path.name], path.stat().st_size
     if size != file.bytes:
         raise damaged(path, f"has {size} bytes instead of {file.bytes}")
@@ -158,7 +161,7 @@ def checked(path: str | Path) -> Dataset:
 
 def damaged(path: Path, what: str) -> DataError:
     """The error for a file whose content is wrong; `what` completes the sentence."""
-    return DataError(f"{path} {what}; {_remedy(path)}")
+    return DataError(f"{path} {what}; {remedy(path)}")
 
 
 def sha256(path: Path) -> str:
@@ -166,5 +169,82 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remedy(path: Path) -> str:
-    return f"run python -m data.write SOURCE --out {path.parent}"
+def regular(path: Path, most: int) -> bytes:
+    """The content of a regular file, or of one that links lead to, of at most so many bytes.
+
+    Reading a FIFO could wait for ever, and a device may have no end.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is of another kind, or larger.
+    """
+    if (what := irregular(path)) is not None:
+        raise ValueError(what)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most} bytes")
+    return content
+
+
+def irregular(path: Path) -> str | None:
+    """What is wrong with a file that isn't a regular one; OSError where there is none."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
+    return f"not a regular file but {kinds.get(stat.S_IFMT(mode), 'a device')}"
+
+
+def remedy(path: Path) -> str:
+    """The end of an error about a file of a data set: the command that writes the data set."""
+    folder = path.parent
+    source, settings = _recorded(folder / DESCRIPTION)
+    # What is there is written over only where the command says so.
+    there = any((folder / name).exists() for name in (TRAIN, VAL, DESCRIPTION))
+    told = command(source or _source(folder.name), folder, settings, force=there)
+    known = "" if source or _source(folder.name) in _FLAGS else f", SOURCE being {_SOURCES}"
+    return f"run {told}{known}"
+
+
+def command(source: str, out: Path, settings: Mapping[str, Any], *, force: bool = False) -> str:
+    """The command that writes a source's data into a folder, as one would type it."""
+    given = "".join(
+        f" --{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
+        for name, value in settings.items()
+        if name in _SETTINGS and _SETTINGS[name](value)
+    )
+    flags = f"{_FLAGS.get(source, '')}{given} --out {out}{' --force' * force}"
+    return f"`python -m data.write {source}{flags}`"
+
+
+# By source: the flag that it can't do without.
+_FLAGS = {"digits": "", "cifar10": " --folder FOLDER", "imagefolder": " --folder TREE"}
+_SOURCES = "digits, cifar10 or imagefolder"
+# Flags that a description records, and whether it may be this value: it could hold anything.
+_SETTINGS = {
+    "size": lambda value: type(value) is int,
+    "split": lambda value: value in ("test", "tune"),
+    "max_size": lambda value: type(value) is int,
+    "quality": lambda value: type(value) is int,
+    "jpeg_share": lambda value: type(value) is float,
+    "statistics": lambda value: value in ("imagenet", "measured"),
+    "skip_broken": lambda value: value is True,
+}
+
+
+def _recorded(description: Path) -> tuple[str | None, dict[str, Any]]:
+    """Source and settings of the data that a description, which may be damaged, is of."""
+    try:
+        content = json.loads(regular(description, DESCRIPTION_LIMIT))
+        name, settings = content["name"], content["settings"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None, {}
+    known = isinstance(name, str) and name in _FLAGS and isinstance(settings, dict)
+    return (name, settings) if known else (None, {})
+
+
+def _source(data_set: str) -> str:
+    """The source of a data set of this name, as far as the name tells."""
+    sources = {"digits": "digits", "cifar10": "cifar10", "imagenet": "imagefolder"}
+    return next((sources[name] for name in sources if data_set.startswith(name)), "SOURCE")
