@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="decides the first weights, the order of the data and, with --train-size, which "
         "images; default %(default)s",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures here; a new file")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="a new file for the figures")
     return parser
 
 
