@@ -12,7 +12,10 @@ import time
 import traceback
 from typing import NoReturn
 
-from training.config import Config, ConfigError, load
+from training.config import Config
+from training.plan.options import help_text
+from training.settings import load
+from training.values import ConfigError
 
 
 def main(config: Config) -> int:
@@ -83,14 +86,14 @@ def end(status: int, line: str) -> NoReturn:
 if __name__ == "__main__":
     try:
         if any(word.startswith("--plan") for word in sys.argv[1:]):
-            from training.plan import plan
-            from training.plan_report import report
+            from training.plan.plan import plan
+            from training.plan.report import report
 
             text = report(plan(sys.argv[1:]))
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
             print(text)
             sys.exit()
-        settings = load(sys.argv[1:])
+        settings = load(sys.argv[1:], help_text)
     except ConfigError as problem:
         fail(str(problem))
     sys.exit(main(settings))

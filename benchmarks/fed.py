@@ -29,8 +29,8 @@ from benchmarks.data_path import write_photographs
 from benchmarks.throughput import RECIPES, device_name, now
 from benchmarks.training_step import SHORT_RECIPE, Step, ours
 from training import engine
-from training.config import load
 from training.run import Run, assembled
+from training.settings import load
 
 UNTIMED = 4  # steps: more than the loader is ahead
 STEPS = 32

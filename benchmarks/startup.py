@@ -77,8 +77,8 @@ def worker(options: argparse.Namespace) -> None:
         importlib.import_module(module)
         laps.end(phase)
     from training import engine, run
-    from training.config import load
     from training.loop import grouped
+    from training.settings import load
 
     with tempfile.TemporaryDirectory() as logs, ExitStack() as inside:
         flags = ["--recipe-pth", RECIPE, "--randaugment-depth", str(options.randaugment)]

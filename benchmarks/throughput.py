@@ -35,8 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from localopt.traffic import synchronised_clock
 from training import checks, engine, models, optimizers
-from training.config import Config, load
+from training.config import Config
 from training.lr import Schedule
+from training.settings import load
 
 Step = Callable[[Tensor, Tensor], Tensor]  # images and labels to the loss
 

@@ -24,8 +24,8 @@ import torch
 from torch.nn import functional
 
 from training import engine, models
-from training.config import load
 from training.run import Run, assembled
+from training.settings import load
 
 SHORT_RECIPE = "recipe/digits-vit-localadamw-qsr.yml"
 Step = Callable[[engine.Batch], None]

@@ -29,8 +29,10 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from localopt import LocalOptimizer
 from localopt.collective import waiting
 
-from .config import Config, ConfigError, absolute, shortened, text_of
+from .config import Config
 from .optimizers import DataParallel
+from .settings import text_of
+from .values import ConfigError, absolute, shortened
 
 if not torch.accelerator.is_available():
     # Told so, DeepSpeed does not search for accelerators, and does not warn that there is none.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import ConfigError
+from .values import ConfigError
 
 Build = Callable[[int, int], nn.Module]  # (number of classes, resolution)
 

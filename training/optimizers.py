@@ -18,8 +18,9 @@ from localopt.buffers import Buffers
 from localopt.collective import Collective
 
 from . import named
-from .config import PERIOD_TAKES, Config, ConfigError, converted, shortened
+from .config import PERIOD_TAKES, Config
 from .lr import Schedule
+from .values import ConfigError, converted, shortened
 
 
 def build(config: Config, model: nn.Module, schedule: Schedule) -> LocalOptimizer | DataParallel:

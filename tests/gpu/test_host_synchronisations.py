@@ -11,9 +11,9 @@ import torch
 from tests.gpu.links import GLOO, device_of
 from tests.support.ranks import run
 from training import engine, models, optimizers
-from training.config import load
 from training.lr import Schedule
 from training.methods import Mixup
+from training.settings import load
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.support.refusals import FEW, check, numbered, told, untouched
 from training import engine
-from training.config import load, shortened
+from training.settings import load
+from training.values import shortened
 
 RESTS_ON_DEEPSPEED = "DeepSpeed refuses it"
 JSONS: list[tuple[Any, list[str]]] = [

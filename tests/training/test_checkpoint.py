@@ -6,7 +6,7 @@ import multiprocessing
 from pathlib import Path
 
 from tests.support.patience import PATIENCE
-from training.checkpoint import MANIFEST, folder_of, publish, set_aside
+from training.checkpoint.files import MANIFEST, folder_of, publish, set_aside
 
 HOSTS, SAVES = 3, 40
 

@@ -17,9 +17,9 @@ from torch.profiler import profile
 from localopt.collective import Collective
 from tests.support.ranks import run
 from training import optimizers
-from training.config import load
 from training.evaluate import estimate_batch_norm, evaluate
 from training.lr import Schedule
+from training.settings import load
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ import pytest
 from tests.support.patience import PATIENCE
 from tests.support.ports import free_port
 from tests.support.program import ROOT, Running
-from training import checkpoint
+from training.checkpoint import files as checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -202,9 +202,9 @@ def test_a_rank_with_other_software_is_named(
 ) -> None:
     other = tmp_path / "other.py"
     other.write_text(
-        "import os, sys\nimport main\nfrom training import config, record\n"
+        "import os, sys\nimport main\nfrom training import record, settings\n"
         f"if os.environ['RANK'] == '1':\n    {change}\n"
-        "sys.exit(main.main(config.load(sys.argv[1:])))\n"
+        "sys.exit(main.main(settings.load(sys.argv[1:])))\n"
     )
     outcome = Running(*flags, script=other).ended()
     assert outcome.codes == [2, 2], outcome.errors
