@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -50,6 +51,39 @@ def test_a_missing_hostfile_is_named_where_deepspeed_would_train_on_one_process(
     assert done.returncode != 0
     (line,) = [row for row in done.stderr.splitlines() if row.startswith("main.py:")]
     assert "hostfile /no/hostfile is missing" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("-oProxyCommand=touch$IFS{0} slots=1\nlocalhost slots=1\n", "-oProxyCommand=touch"),
+        ("localhost slots=1\n$(touch${{IFS}}{0}) slots=1\n", "$(touch"),
+        ("a;touch${{IFS}}{0} slots=1\n", "a;touch"),
+        ("a,b slots=1\n", "'a,b'"),
+        ("localhost slots=abc\n", "'localhost slots=abc'"),
+        ("\ufefflocalhost slots=2\n", "byte order mark"),
+    ],
+    ids=["option", "substitution", "command", "list", "slots", "mark"],
+)
+def test_run_sh_starts_nothing_on_what_is_no_host(
+    flags, tmp_path: Path, content: str, part: str
+) -> None:
+    """ssh is not even called with it."""
+    touched, hostfile, called = (tmp_path / name for name in ("touched", "hosts", "called"))
+    hostfile.write_text(content.format(touched), encoding="utf-8")
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(f'#!/bin/sh\necho "$@" >>{called}\nexec sh -c "$2"\n')
+    ssh.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "run-scripts/run.sh", "recipe/digits-resnet-sgd.yml", *flags],
+        env=os.environ | {"HOSTFILE": str(hostfile), "PATH": f"{ssh.parent}:{os.environ['PATH']}"},
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"run.sh: hostfile {hostfile}: ") and part in line
+    assert not touched.exists() and not called.exists() and not (tmp_path / "runs").exists()
 
 
 def test_processes_of_a_launcher_that_says_no_ranks_do_not_train_alone(flags, monkeypatch) -> None:
