@@ -73,7 +73,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _from_yaml(text: str) -> Any:
+def from_yaml(text: str) -> Any:
+    """What a text in YAML says, or ConfigError saying why it is none; safe for any text."""
     try:
         return yaml.load(text, _Loader)
     except ConfigError:
@@ -103,7 +104,7 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = (), what: str = "recipe")
 
 def _read(path: Path, what: str, allowed: Sequence[str]) -> dict[str, Any]:
     try:
-        content = _from_yaml(text_of(path))
+        content = from_yaml(text_of(path))
     except ConfigError as error:
         raise ConfigError(f"{what} {path}: {error}") from None
     if not isinstance(content, dict):
@@ -201,7 +202,7 @@ def _mapped(value: Any, kind: Any) -> Any:
     names = [name for name, _, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is given twice")
-    return {name: _from_yaml(text) for name, _, text in pairs}
+    return {name: from_yaml(text) for name, _, text in pairs}
 
 
 def _parser(more_help: Callable[[], str] | None) -> Parser:
