@@ -40,7 +40,7 @@ def main(config: Config) -> int:
         fail(traceback.format_exc(), status=1)
     if not run.preempted:
         return 0
-    if run.place.rank == 0:
+    if run.process.rank == 0:
         print(f"main.py: {run.watch.reason}: saved and stopped; continue with --resume auto")
     return 128 + run.watch.signal
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from data import order
 
-from .models import allow_torchvision_without_cuda
+from .torchvision_repair import allow_torchvision_without_cuda
 from .values import ConfigError
 
 allow_torchvision_without_cuda()

@@ -19,11 +19,12 @@ from localopt.collective import Collective
 
 from . import named
 from .config import PERIOD_TAKES, Config
+from .engine import ReplicaOptimizer
 from .lr import Schedule
 from .values import ConfigError, converted, shortened
 
 
-def build(config: Config, model: nn.Module, schedule: Schedule) -> LocalOptimizer | DataParallel:
+def build(config: Config, model: nn.Module, schedule: Schedule) -> ReplicaOptimizer:
     """The optimizer of ``config`` over all of ``model``'s parameters. Collective if local."""
     inner = _inner(config, model)
     if not config.local:

@@ -12,23 +12,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from data.dataset import DataError, checked, sha256
+from data.dataset import DESCRIPTION, TRAIN, VAL, DataError, checked, sha256
 from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
 from localopt import (
     CollectiveError,
     LayoutMismatchError,
-    LocalOptimizer,
     SyncError,
     Watch,
 )
 from localopt.collective import Collective
 from localopt.faults import control
 
-from . import checks, engine, models, optimizers, record
+from . import (
+    checks,
+    deepspeed_settings,
+    distributed,
+    launchers,
+    models,
+    optimizers,
+    record,
+    run_folder,
+)
 from .checkpoint import files, resume, saver
 from .checkpoint.saver import SaveError
 from .config import PER_HOST, Config
+from .deepspeed_engine import engine_of
+from .distributed import Process
+from .engine import Batch, Engine, OutOfMemoryError, ReplicaOptimizer, out_of_memory
 from .lr import Schedule
 from .values import ConfigError, absolute
 
@@ -37,7 +48,7 @@ if TYPE_CHECKING:
 
 
 # A change to a micro-batch on the device: (batch, step, micro_step) -> batch.
-Method = Callable[[engine.Batch, int, int], engine.Batch]
+Method = Callable[[Batch, int, int], Batch]
 
 
 @dataclass
@@ -45,11 +56,10 @@ class Run:
     """Everything that a training run is made of."""
 
     config: Config
-    place: engine.Place
+    process: Process
     folder: Path
     schedule: Schedule
-    engine: engine.Engine
-    optimizer: LocalOptimizer | optimizers.DataParallel
+    engine: Engine
     train_data: TrainData
     val_data: ValData
     collective: Collective
@@ -62,12 +72,17 @@ class Run:
     start: resume.Start
     preempted: bool = False  # whether it was asked to stop before its end
 
-    def prepared(self, micro_batches: Iterable[engine.Batch], step: int) -> Iterator[engine.Batch]:
+    def prepared(self, micro_batches: Iterable[Batch], step: int) -> Iterator[Batch]:
         """The micro-batches of one step, after Mixup and the like."""
         for micro_step, batch in enumerate(micro_batches):
             for method in self.methods:
                 batch = method(batch, step, micro_step)
             yield batch
+
+    @property
+    def optimizer(self) -> ReplicaOptimizer:
+        """The engine's."""
+        return self.engine.optimizer
 
     @property
     def ema(self) -> Ema | None:
@@ -76,9 +91,7 @@ class Run:
 
     def update_ema(self, step: int) -> bool:
         """Let the moving average follow, where the replicas agree; return whether it did."""
-        local = isinstance(self.optimizer, LocalOptimizer)
-        agreed = self.optimizer.synced and (not local or self.optimizer.sync.replicas_agree)
-        return bool(self.ema and agreed and self.ema.update(step))
+        return bool(self.ema and self.engine.agreed and self.ema.update(step))
 
 
 class LostRankError(RuntimeError):
@@ -102,34 +115,34 @@ def assembled(config: Config) -> Iterator[Run]:
         AbsentRankError: if one does not arrive.
         LostRankError: where a collective failed because another rank is lost.
     """
-    deepspeed = engine.deepspeed_settings(config, accumulation=1)
+    deepspeed = deepspeed_settings.settings_of(config, accumulation=1)
     optimizers.check(config)  # a wrong setting should not wait for the other replicas
-    place = engine.start(config)
+    process = distributed.join(config)
     collective = Collective()
     watch = Watch(
         collective,
         dead_after=config.dead_after,
         stall_after=config.stall_after,
         advice="continue with --resume auto",
-        watch_parent=engine.launchers(),
+        watch_parent=launchers.processes(),
     )
     try:
-        with watch, _assembled(config, deepspeed, place, collective, watch) as run:
+        with watch, _assembled(config, deepspeed, process, collective, watch) as run:
             yield run
     except torch.OutOfMemoryError as error:
         batch = checks.with_fitting_batches(config, collective.world_size).physical_batch_size
-        raise engine.out_of_memory(batch, error) from error
+        raise out_of_memory(batch, error) from error
     except Exception as error:
         own = isinstance(error, OWN_ERRORS) and not isinstance(error, CollectiveError)
         if watch.verdict and not watch.failed and not own:
             raise LostRankError(watch.verdict, first=watch.first) from error
         raise
-    engine.leave()
+    distributed.leave()
 
 
 # Errors that tell by themselves what is wrong, mostly on all ranks alike.
 OWN_ERRORS = (
-    ConfigError, DataError, LayoutMismatchError, SyncError, engine.OutOfMemoryError,
+    ConfigError, DataError, LayoutMismatchError, SyncError, OutOfMemoryError,
     record.DivergedError, SaveError,
 )  # fmt: skip
 
@@ -138,61 +151,37 @@ OWN_ERRORS = (
 def _assembled(
     config: Config,
     deepspeed: dict[str, Any],
-    place: engine.Place,
+    process: Process,
     collective: Collective,
     watch: Watch,
 ) -> Iterator[Run]:
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
-    config = checks.with_compile(config, place.device)
-    _agree_on_data(config, place, collective)
-    if config.resolution == -1:
-        side = stored_side(_data_folder(config) / "train.beton")
-        config = checks.with_resolution(config, side)
-    train_data, val_data = _open_data(config, place)
-    steps_per_epoch = checks.steps_per_epoch(config, train_data.images)
+    config = checks.with_compile(config, process.device)
+    config, steps_per_epoch = _agreed_on_data(config, process, collective)
+    train_data, val_data = _open_data(config, process)
     schedule = Schedule.of(config, steps_per_epoch)
-
-    model = models.build(
-        config.model,
-        classes=train_data.num_classes,
-        resolution=config.resolution,
-        seed=config.init_model_by_seed,
-        blurpool=config.blurpool,
-        squeeze_excite=config.squeeze_excite,
-        channels_last=config.channels_last,
+    engine = _replica(config, process, schedule, train_data.num_classes)
+    state = saver.State(
+        engine.model, engine.optimizer, engine.centre, engine.scaler, _ema(config, engine.model)
     )
-    if weights := resume.weights_file(config):
-        resume.load_weights(weights, model)  # before the optimizer: rules anchor to what they find
-    model.to(place.device)
-    checks.check_model(config, model, collective.world_size)
-    torch.manual_seed(config.seed * 1_000_003 + place.rank)  # dropout: each replica its own
-    optimizer = optimizers.build(config, model, schedule)
-    trainer = engine.Engine(config, model, optimizer, place.world_size)
-    state = saver.State(model, optimizer, trainer.scaler, _ema(config, model))
     start = resume.restore(config, state, collective, steps_per_epoch)
-    if start.step > schedule.total_steps:
-        raise ConfigError(
-            f"resume_pth {absolute(config.resume_pth)}: step {start.step}, to go on from, is past "
-            f"this run's end at {schedule.total_steps}; raise epochs"
-        )
-    folder = start.folder or record.make_folder(config, collective)
+    checks.check_start(config, start.step, schedule.total_steps)
+    folder = start.folder or run_folder.make_folder(config, collective)
     recorder = record.Recorder(
-        config, folder, place, optimizer, schedule.total_steps, steps_per_epoch, start,
-        counted_from=start.step if weights else 0,
+        config, folder, process, engine.optimizer, schedule.total_steps, steps_per_epoch, start,
+        counted_from=start.step if resume.weights_file(config) else 0,
     )  # fmt: skip
-    checkpoints = folder / "checkpoints"
-    if start.folder and place.local_rank == 0:
-        files.set_aside(checkpoints, after=start.step)
+    if start.folder and process.local_rank == 0:
+        files.set_aside(folder / "checkpoints", after=start.step)
     control.gather(collective, "cleared")
     try:
         yield Run(
             config=config,
-            place=place,
+            process=process,
             folder=folder,
             schedule=schedule,
-            engine=trainer,
-            optimizer=optimizer,
+            engine=engine,
             train_data=train_data,
             val_data=val_data,
             collective=collective,
@@ -200,26 +189,38 @@ def _assembled(
             watch=watch,
             state=state,
             saver=saver.Saver(
-                checkpoints, config, collective,
-                publishes=place.local_rank == 0, versions=record.versions(),
+                folder / "checkpoints", config, collective,
+                publishes=process.local_rank == 0, versions=run_folder.versions(),
                 saved_at=start.step if start.folder else None,
             ),
-            methods=_methods(config, place, train_data.num_classes, schedule.total_steps),
+            methods=_methods(config, process, train_data.num_classes, schedule.total_steps),
             steps_per_epoch=steps_per_epoch,
             start=start,
-        )
+        )  # fmt: skip
     except BaseException:
         recorder.close(failed=True)
         raise
     recorder.close()
 
 
+def _replica(config: Config, process: Process, schedule: Schedule, classes: int) -> Engine:
+    """The model, with the weights to start from, on its device and in its engine."""
+    model = models.of(config.as_dict(), classes)
+    if weights := resume.weights_file(config):
+        resume.load_weights(weights, model)  # before the optimizer: rules anchor to what they find
+    model.to(process.device)
+    checks.check_model(config, model, process.world_size)
+    torch.manual_seed(config.seed * 1_000_003 + process.rank)  # dropout: each replica its own
+    optimizer = optimizers.build(config, model, schedule)
+    return engine_of(config, model, optimizer, process.world_size)
+
+
 def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) -> None:
     """Raise on every rank if one has other settings, software, or another checkpoint to resume."""
     settings = {k: v for k, v in config.as_dict().items() if k not in PER_HOST}
-    settings |= {f"version of {package}": found for package, found in record.versions().items()}
-    settings["version of this code"] = record.code_digest()
-    for module, told in record.own_code(config).items():
+    settings |= {f"version of {package}": found for package, found in run_folder.versions().items()}
+    settings["version of this code"] = run_folder.code_digest()
+    for module, told in run_folder.own_code(config).items():
         settings[f"version of {module}"] = told
     settings["deepspeed"] = json.dumps(deepspeed, sort_keys=True)
     for key in ("resume_pth", "optimizer_resume_pth"):
@@ -230,7 +231,7 @@ def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) 
 
 
 def _methods(
-    config: Config, place: engine.Place, classes: int, total_steps: int
+    config: Config, process: Process, classes: int, total_steps: int
 ) -> tuple[Method, ...]:
     """What the recipe switches on of the methods that change micro-batches."""
     if not config.mixup and config.resize_initial_scale == 1:
@@ -247,7 +248,7 @@ def _methods(
                 config.mixup,
                 seed=config.seed,
                 classes=classes,
-                first=config.total_batch_size // place.world_size * place.rank,
+                first=config.total_batch_size // process.world_size * process.rank,
                 physical_batch=config.physical_batch_size,
             )
         )
@@ -270,40 +271,42 @@ def _randaugment(config: Config) -> RandAugment | None:
     )
 
 
-def _agree_on_data(config: Config, place: engine.Place, collective: Collective) -> None:
-    """Write the embedded data set where it is missing, once per host; raise if hosts' differ."""
+def _agreed_on_data(
+    config: Config, process: Process, collective: Collective
+) -> tuple[Config, int]:
+    """Settings that the data set fits, which all hosts have alike, and the steps in an epoch.
+
+    The embedded data set is written where it is missing, once per host.
+    """
     folder = _data_folder(config)
-    if config.data == "digits" and place.local_rank == 0 and not (folder / "dataset.json").exists():
+    description, train = folder / DESCRIPTION, folder / TRAIN
+    if config.data == "digits" and process.local_rank == 0 and not description.exists():
         from data import write  # imports scikit-learn, which takes a second
 
         write.write("digits", {"size": 32, "split": "test"}, folder)
     control.gather(collective, "data are there")
-    description = folder / "dataset.json"
-    told = sha256(description) if description.exists() else "none"
-    control.agree(collective, [f"data {config.data}: {told}"], control.TIMEOUT)
+    found = sha256(description) if description.exists() else "none"
+    control.agree(collective, [f"data {config.data}: {found}"], control.TIMEOUT)
+    if config.resolution == -1:
+        config = checks.with_resolution(config, stored_side(train))
+    return config, checks.steps_per_epoch(config, checked(train).files[train.name].images)
 
 
 def _data_folder(config: Config) -> Path:
     return absolute(config.data_pth) / config.data
 
 
-def _open_data(config: Config, place: engine.Place) -> tuple[TrainData, ValData]:
+def _open_data(config: Config, process: Process) -> tuple[TrainData, ValData]:
     folder = _data_folder(config)
     common = {
-        "rank": place.rank,
-        "world_size": place.world_size,
+        "rank": process.rank,
+        "world_size": process.world_size,
         "resolution": config.resolution,
         "workers": config.nw,
-        "device": place.device,
+        "device": process.device,
     }
-    train = folder / "train.beton"
-    images = checked(train).files[train.name].images
-    if images < config.total_batch_size:
-        raise ConfigError(
-            f"total_batch_size is {config.total_batch_size}: {train} has {images} images"
-        )
     train_data = TrainData(
-        train,
+        folder / TRAIN,
         total_batch=config.total_batch_size,
         physical_batch=config.physical_batch_size,
         seed=config.seed,
@@ -315,7 +318,7 @@ def _open_data(config: Config, place: engine.Place) -> tuple[TrainData, ValData]
         **common,
     )
     val_data = ValData(
-        folder / "val.beton",
+        folder / VAL,
         batch=config.physical_batch_size,
         crop_ratio=config.val_crop_ratio,
         **common,

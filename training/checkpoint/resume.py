@@ -13,13 +13,12 @@ import yaml
 from torch import nn
 from torch.optim import Optimizer
 
-from localopt import LocalOptimizer
 from localopt.collective import Collective
 from localopt.faults import control
 from localopt.merge import merged
 
 from ..config import DEFAULTS, HOST_KEYS, Config
-from ..optimizers import DataParallel
+from ..engine import ReplicaOptimizer
 from ..values import ConfigError, absolute
 from . import files
 from .files import MANIFEST, CheckpointError, sha256
@@ -260,7 +259,7 @@ def _for_other_replicas(
 
 
 def _load_optimizer(
-    optimizer: Optimizer | LocalOptimizer | DataParallel, saved: dict[str, Any], where: str
+    optimizer: Optimizer | ReplicaOptimizer, saved: dict[str, Any], where: str
 ) -> None:
     """Restore an optimizer; its settings stay those of this run's config."""
     configured = [
@@ -276,7 +275,7 @@ def _load_optimizer(
 
 
 def _load_inner_optimizer(
-    config: Config, optimizer: LocalOptimizer | DataParallel, collective: Collective
+    config: Config, optimizer: ReplicaOptimizer, collective: Collective
 ) -> None:
     path = absolute(config.optimizer_resume_pth)
     # Data-parallel replicas have one state: a local run's would take them apart.
