@@ -84,7 +84,7 @@ def _user_json(config: Config) -> dict[str, Any]:
         content = _from_json(text_of(path))
         _take_out(content, {key: f"it is the recipe's: set {_OURS[key]} there" for key in _OURS})
         _check_stage(config, content.get("zero_optimization", {}))
-        _take_out(content, _SPLITS | _SAVES | (_REDUCES if config.local else {}))
+        _take_out(content, _SPLITS | _SAVES | _MONITORS | (_REDUCES if config.local else {}))
         _check_values(content)
     except ConfigError as error:
         raise ConfigError(f"deepspeed_config {path}: {error}") from None
@@ -206,6 +206,12 @@ _SAVES = dict.fromkeys(
     ("nebula", "datastates_ckpt"),
     "this program saves its checkpoints itself; leave it out",
 )
+_MONITORS = {
+    "wandb": "this program logs there itself: set wandb, wandb_project and wandb_entity",
+    "tensorboard": "this program logs there itself: set loggers to tensorboard",
+    "csv_monitor": "the run's folder has all that is recorded, in metrics.jsonl; leave it out",
+    "comet": "this program logs to metrics.jsonl, and where loggers and wandb say; leave it out",
+}
 _REDUCES = dict.fromkeys(
     (
         "communication_data_type", "prescale_gradients", "gradient_predivide_factor",

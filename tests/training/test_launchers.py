@@ -28,29 +28,41 @@ def test_one_replica_needs_no_launcher(flags) -> None:
     assert "1 replica\n" in outcome.outputs[0]
 
 
-def deepspeed(hostfile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def deepspeed(
+    hostfile: Path, *own: str, main: tuple[str, ...]
+) -> subprocess.CompletedProcess[str]:
     """The command that the README names, on this host alone."""
     port = str(free_port())
     launcher = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", str(hostfile), "--no_ssh_check"]
     address = ["--master_addr", "127.0.0.1", "--master_port", port]
     return subprocess.run(
-        [*launcher, *address, "main.py", *flags],
+        [*launcher, *address, *own, "main.py", *main],
         cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 
 @pytest.mark.long
 def test_deepspeeds_launcher_starts_it(flags) -> None:
-    done = deepspeed(ROOT / "hostfile", *flags)
+    done = deepspeed(ROOT / "hostfile", main=flags)
     assert done.returncode == 0, done.stderr
     assert "2 replicas" in done.stdout
 
 
 def test_a_missing_hostfile_is_named_where_deepspeed_would_train_on_one_process(flags) -> None:
-    done = deepspeed(Path("/no/hostfile"), *flags)
+    done = deepspeed(Path("/no/hostfile"), main=flags)
     assert done.returncode != 0
     (line,) = [row for row in done.stderr.splitlines() if row.startswith("main.py:")]
     assert "hostfile /no/hostfile is missing" in line
+
+
+def test_a_hostfile_that_deepspeed_takes_and_we_do_not_is_named(flags, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("local,host slots=1\n")
+    done = deepspeed(hostfile, "--no_ssh", "--node_rank", "0", main=flags)
+    assert done.returncode != 0
+    (line,) = [row for row in done.stderr.splitlines() if row.startswith("main.py:")]
+    assert f"hostfile {hostfile}: 'local,host slots=1'" in line and "Traceback" not in line
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
