@@ -102,7 +102,8 @@ def _digits_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=32, help="side in pixels (default 32)")
     parser.add_argument(
         "--split", choices=["test", "tune"], default="test",
-        help="evaluate on the test part, or on a part of the training part to choose settings",
+        help="evaluate on the validation part (test), or on a part of the training part, to choose "
+        "settings (tune)",
     )  # fmt: skip
 
 

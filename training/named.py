@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from localopt import Period, Rule
 from localopt.period import PERIODS
 from localopt.sync import RULES
 
+from .config import PERIOD_TAKES
 from .values import did_you_mean
 
 # By setting: what must be made, and the built-in ones.
@@ -134,6 +136,36 @@ def parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         for name, parameter in inspect.signature(make).parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
+
+
+def settings_text() -> str:
+    """The settings of every built-in rule and period, for the end of ``main.py --help``."""
+    lines = []
+    for setting, (_, builtin) in KINDS.items():
+        lines += ["", f"settings of each {'rule' if setting == 'sync' else setting}, for "
+                  f"--{setting}-settings: name (type, default)"]  # fmt: skip
+        for name, make in sorted(builtin.items()):
+            told = [_told_setting(p) for p in parameters(make).values() if _is_own(setting, p)]
+            start = f"  {name:<14}"
+            text = textwrap.wrap(", ".join(told) or "none", 98 - len(start))  # at plain spaces only
+            starts = [start, *[" " * len(start)] * (len(text) - 1)]
+            lines += map(str.__add__, starts, text)
+    return "\n".join(lines[1:]).replace(_TOGETHER, " ") + "\n"
+
+
+_TOGETHER = "\N{NO-BREAK SPACE}"
+
+
+def _is_own(setting: str, parameter: inspect.Parameter) -> bool:
+    """Whether it is given with the rule's or period's settings, and can be."""
+    others = () if setting == "sync" else (*PERIOD_TAKES, "warmup_steps", "total_steps", "h_max")
+    return parameter.name not in others and "Maker" not in str(parameter.annotation)
+
+
+def _told_setting(parameter: inspect.Parameter) -> str:
+    kind = str(parameter.annotation).replace("Codec | ", "").replace(" | None", "")
+    default = "needed" if parameter.default is parameter.empty else repr(parameter.default)
+    return f"{parameter.name} ({kind}, {default})".replace(" ", _TOGETHER)
 
 
 def types(make: Callable[..., Any]) -> dict[str, Any]:

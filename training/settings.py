@@ -208,7 +208,7 @@ def _mapped(value: Any, kind: Any) -> Any:
 
 def _parser(more_help: Callable[[], str] | None) -> Parser:
     parser = Parser(
-        more_help=more_help,
+        more_help=lambda: _help_end(more_help),
         prog="main.py",
         usage="deepspeed --hostfile hostfile main.py [flags]",
         description="Train with few synchronisations. Flags override the recipe.",
@@ -286,6 +286,12 @@ def _parse(argv: Sequence[str], more_help: Callable[[], str] | None) -> dict[str
     for name in ("deepspeed", "deepscale"):
         flags.pop(name, None)
     return flags
+
+
+def _help_end(more_help: Callable[[], str] | None) -> str:
+    from . import named
+
+    return "\n".join([named.settings_text(), *([more_help()] if more_help else [])])
 
 
 def _name_choices(parser: Parser) -> None:

@@ -119,7 +119,11 @@ def plan(argv: Sequence[str]) -> Plan:
     nodes = nodes_of(options)
     config = checks.with_fitting_batches(config, len(nodes))
     data, source = _data_set(config, options)
-    steps_per_epoch = checks.steps_per_epoch(config, data.images)
+    try:
+        steps_per_epoch = checks.steps_per_epoch(config, data.images)
+    except ConfigError as error:
+        told = f"{error} ({source}); --plan-images plans with another number"
+        raise ConfigError(told) from None
     schedule = Schedule.of(config, steps_per_epoch)
     if schedule.total_steps > _MOST_STEPS:
         raise ConfigError(
@@ -161,7 +165,11 @@ def _data_set(config: Config, options: Options) -> tuple[Known, str]:
             f"data is {config.data!r}: {path} is missing and the name is not known; give "
             "--plan-images and --plan-classes"
         )
-    source = "--plan-images" if options.images else source
+    known = KNOWN.get(config.data)
+    if options.images:
+        source = "--plan-images"
+    elif known and images != known.images:
+        source += f"; of {known.images:,} as published: --plan-images {known.images} plans with all"
     return Known(images, classes, found and found.resolution), source
 
 
