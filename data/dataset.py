@@ -11,7 +11,6 @@ import json
 import math
 import reprlib
 import stat
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,53 +197,23 @@ def irregular(path: Path) -> str | None:
 
 def remedy(path: Path) -> str:
     """The end of an error about a file of a data set: the command that writes the data set."""
+    from data import sources  # they know this module
+
     folder = path.parent
     source, settings = _recorded(folder / DESCRIPTION)
+    source = source if source in sources.NAMES else sources.kind_of(folder.name)
     # What is there is written over only where the command says so.
     there = any((folder / name).exists() for name in (TRAIN, VAL, DESCRIPTION))
-    told = command(source or _source(folder.name), folder, settings, force=there)
-    known = "" if source or _source(folder.name) in _FLAGS else f", SOURCE being {_SOURCES}"
-    return f"run {told}{known}"
+    *others, last = sources.NAMES
+    which = "" if source else f", SOURCE being {', '.join(others)} or {last}"
+    return f"run {sources.command(source, folder, settings, force=there)}{which}"
 
 
-def command(source: str, out: Path, settings: Mapping[str, Any], *, force: bool = False) -> str:
-    """The command that writes a source's data into a folder, as one would type it."""
-    given = "".join(
-        f" --{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
-        for name, value in settings.items()
-        if name in _SETTINGS and _SETTINGS[name](value)
-    )
-    flags = f"{_FLAGS.get(source, '')}{given} --out {out}{' --force' * force}"
-    return f"`python -m data.write {source}{flags}`"
-
-
-# By source: the flag that it can't do without.
-_FLAGS = {"digits": "", "cifar10": " --folder FOLDER", "imagefolder": " --folder TREE"}
-_SOURCES = "digits, cifar10 or imagefolder"
-# Flags that a description records, and whether it may be this value: it could hold anything.
-_SETTINGS = {
-    "size": lambda value: type(value) is int,
-    "split": lambda value: value in ("test", "tune"),
-    "max_size": lambda value: type(value) is int,
-    "quality": lambda value: type(value) is int,
-    "jpeg_share": lambda value: type(value) is float,
-    "statistics": lambda value: value in ("imagenet", "measured"),
-    "skip_broken": lambda value: value is True,
-}
-
-
-def _recorded(description: Path) -> tuple[str | None, dict[str, Any]]:
+def _recorded(description: Path) -> tuple[Any, dict[str, Any]]:
     """Source and settings of the data that a description, which may be damaged, is of."""
     try:
         content = json.loads(regular(description, DESCRIPTION_LIMIT))
         name, settings = content["name"], content["settings"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None, {}
-    known = isinstance(name, str) and name in _FLAGS and isinstance(settings, dict)
-    return (name, settings) if known else (None, {})
-
-
-def _source(data_set: str) -> str:
-    """The source of a data set of this name, as far as the name tells."""
-    sources = {"digits": "digits", "cifar10": "cifar10", "imagenet": "imagefolder"}
-    return next((sources[name] for name in sources if data_set.startswith(name)), "SOURCE")
+    return name, settings if isinstance(settings, dict) else {}

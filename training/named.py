@@ -21,7 +21,6 @@ from localopt import Period, Rule
 from localopt.period import PERIODS
 from localopt.sync import RULES
 
-from .config import PERIOD_TAKES
 from .values import did_you_mean
 
 # By setting: what must be made, and the built-in ones.
@@ -43,7 +42,7 @@ def check(setting: str, name: str) -> None:
         if name not in builtin:
             raise ValueError(
                 f"it must be one of {', '.join(builtin)}, or the import path module:Class of a "
-                f"{base.__name__} of your own{did_you_mean(name, list(builtin))}"
+                f"{base.__name__} of your own{did_you_mean(name, builtin)}"
             )
         return
     module, _, attribute = name.partition(":")
@@ -90,20 +89,20 @@ def _imported(path: str) -> Any:
                 f"there is no module {missing}: it must be in main.py's folder, in one of "
                 "PYTHONPATH's, or installed"
             ) from None
-        raise ValueError(f"importing {path} raised {_told(error)}") from error
+        raise ValueError(f"importing {path} raised {_described(error)}") from error
 
 
-def _told(error: BaseException) -> str:
-    """An error in a line, with its place in the code that was imported."""
+def _described(error: BaseException) -> str:
+    """An error in a line, with where it is in the code that was imported."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = (__file__, importlib.__file__)
-    places = [
+    lines = [
         f" ({frame.filename}, line {frame.lineno})"
         for frame in frames
         if frame.filename not in ours and not frame.filename.startswith("<frozen")
     ]
     # A SyntaxError has none: it says itself where it is.
-    return f"{type(error).__name__}: {one_line(error)}{places[-1] if places else ''}"
+    return f"{type(error).__name__}: {one_line(error)}{lines[-1] if lines else ''}"
 
 
 def one_line(error: BaseException) -> str:
@@ -138,16 +137,23 @@ def parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     }
 
 
-def settings_text() -> str:
-    """The settings of every built-in rule and period, for the end of ``main.py --help``."""
+def settings_text(flags: Iterable[str]) -> str:
+    """The settings of every built-in rule and period, for the end of ``main.py --help``.
+
+    Args:
+        flags: what periods take that is a flag of the program.
+    """
+    others = {"sync": set[str](), "period": {*flags, "warmup_steps", "total_steps", "h_max"}}
     lines = []
     for setting, (_, builtin) in KINDS.items():
         lines += ["", f"settings of each {'rule' if setting == 'sync' else setting}, for "
                   f"--{setting}-settings: name (type, default)"]  # fmt: skip
         for name, make in sorted(builtin.items()):
-            told = [_told_setting(p) for p in parameters(make).values() if _is_own(setting, p)]
+            own = [p for p in parameters(make).values() if p.name not in others[setting]]
+            # A maker of an optimizer no text can be.
+            own = [_in_words(p) for p in own if "Maker" not in str(p.annotation)]
             start = f"  {name:<14}"
-            text = textwrap.wrap(", ".join(told) or "none", 98 - len(start))  # at plain spaces only
+            text = textwrap.wrap(", ".join(own) or "none", 98 - len(start))  # at plain spaces only
             starts = [start, *[" " * len(start)] * (len(text) - 1)]
             lines += map(str.__add__, starts, text)
     return "\n".join(lines[1:]).replace(_TOGETHER, " ") + "\n"
@@ -156,13 +162,7 @@ def settings_text() -> str:
 _TOGETHER = "\N{NO-BREAK SPACE}"
 
 
-def _is_own(setting: str, parameter: inspect.Parameter) -> bool:
-    """Whether it is given with the rule's or period's settings, and can be."""
-    others = () if setting == "sync" else (*PERIOD_TAKES, "warmup_steps", "total_steps", "h_max")
-    return parameter.name not in others and "Maker" not in str(parameter.annotation)
-
-
-def _told_setting(parameter: inspect.Parameter) -> str:
+def _in_words(parameter: inspect.Parameter) -> str:
     kind = str(parameter.annotation).replace("Codec | ", "").replace(" | None", "")
     default = "needed" if parameter.default is parameter.empty else repr(parameter.default)
     return f"{parameter.name} ({kind}, {default})".replace(" ", _TOGETHER)

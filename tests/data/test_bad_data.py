@@ -81,7 +81,7 @@ def test_damaged_data(digits: Path, tmp_path: Path, damage: Any, name: str) -> N
     with untouched(tmp_path):
         for call in (checked, stored_side):
             line = told(call, folder / "train.beton", error=DataError)
-            command = "`python -m data.write digits --size 8 --split test --out"
+            command = "`python -m data.write digits --size 8 --out"
             if name == "dataset.json":  # then only the folder's name tells what it holds
                 command = "`python -m data.write digits --out"
             if name == "dataset.json" and damage in (truncated, emptied, removed):
@@ -153,7 +153,7 @@ def test_the_command_for_a_data_set_that_is_missing(
     assert line.startswith(
         f"{file} is missing; run `python -m data.write {command} {file.parent}`"
     )
-    assert ("SOURCE being digits, cifar10 or imagefolder" in line) == (name == "flowers")
+    assert ("SOURCE being cifar10, digits or imagefolder" in line) == (name == "flowers")
 
 
 def test_the_command_for_images_that_are_damaged(tmp_path: Path) -> None:
@@ -167,9 +167,13 @@ def test_the_command_for_images_that_are_damaged(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     (tmp_path / "train.beton").write_bytes(b"1")
     line = told(checked, tmp_path / "train.beton", error=DataError)
-    flags = "--max-size 64 --quality 80 --jpeg-share 0.25 --statistics measured --skip-broken"
+    flags = "--max-size 64 --jpeg-share 0.25 --quality 80 --statistics measured --skip-broken"
     command = f"imagefolder --folder TREE {flags} --out {tmp_path} --force"
     assert line.endswith(f"; run `python -m data.write {command}`")
+    text = json.dumps(content | {"name": "digits"})
+    (tmp_path / "dataset.json").write_text(text)
+    line = told(checked, tmp_path / "train.beton", error=DataError)
+    assert line.endswith(f"; run `python -m data.write digits --out {tmp_path} --force`")
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "too large"])

@@ -129,7 +129,7 @@ def test_damage_is_repaired(folder, damage, capsys):
         assert write.main(command) == 2
         line = one_line(capsys.readouterr().err)
         assert str(path) in line and path.read_bytes() == damaged
-        told = f"python -m data.write digits --size 16 --split test --out {folder} --force"
+        told = f"python -m data.write digits --size 16 --out {folder} --force"
         assert f"`{told}`" in line
         command = told.split()[3:]
     assert write.main(command) == 0

@@ -2,7 +2,7 @@
 
 Replicas differ inside a round, and their optimizer states always: every rank has its own file. All
 is written below a temporary name, synced and renamed, so a folder with a manifest is whole; sizes
-and checksums in the manifest tell whether it still is.
+and checksums in the manifest show whether it still is. What reads raises CheckpointError if not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +46,11 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:04d}.pt"
 
 
+def identity(step: int, rank: int, world_size: int) -> dict[str, int]:
+    """What a rank's file says of itself, under "place"."""
+    return {"step": step, "rank": rank, "world_size": world_size}
+
+
 def found(checkpoints: Path) -> dict[int, Path]:
     """The checkpoints in a run's folder that have a manifest, by step, the oldest first."""
     try:
@@ -55,36 +61,21 @@ def found(checkpoints: Path) -> dict[int, Path]:
     return {step: path for step, path in sorted(folders.items()) if (path / MANIFEST).exists()}
 
 
-# Writing.
-
-
 def write_rank(folder: Path, rank: int, content: dict[str, Any]) -> dict[str, Any]:
-    """Write one rank's file, down to the disk; return what a manifest says of it.
-
-    Raises:
-        OSError: if that fails; what was written is removed.
-    """
-    path = folder / rank_file(rank)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            told = _Told(file)
-            try:
-                torch.save(content, told)
-            except RuntimeError:  # what torch makes of an error in writing
-                if told.error is None:
-                    raise
-                raise told.error from None
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        raise
-    return {"bytes": told.bytes, "sha256": told.sum.hexdigest()}
+    """Write one rank's file, down to the disk; return what a manifest says of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / rank_file(rank)) as file:
+        summed = _Summed(file)
+        try:
+            torch.save(content, summed)
+        except RuntimeError:  # what torch makes of an error in writing
+            if summed.error is None:
+                raise
+            raise summed.error from None
+    return {"bytes": summed.bytes, "sha256": summed.sum.hexdigest()}
 
 
-class _Told:
+class _Summed:
     """A file that is written to, with its size and checksum."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -107,11 +98,7 @@ class _Told:
 
 
 def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Add the manifest, and give the folder its name. Hosts that share a disk may all do so.
-
-    Raises:
-        OSError: if that fails.
-    """
+    """Add the manifest, and give the folder its name. Hosts that share a disk may all do so."""
     manifest = {"format": FORMAT, **manifest}
     manifest["sha256"] = _digest(manifest)
     try:
@@ -120,11 +107,7 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     except OSError:
         if not (final / MANIFEST).exists():  # else: another host on the same disk was first
             raise
-    _sync_folder(final.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -177,20 +160,26 @@ def set_aside(checkpoints: Path, after: int) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is there as a whole, down to the disk, or not at all."""
     # Hosts that share a disk may write the same file at the same moment.
     draft = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with draft.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except OSError:
+    finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    with whole(path) as file:
+        file.write(text.encode())
 
 
 def lock(run: Path) -> BinaryIO | None:
@@ -210,15 +199,8 @@ def lock(run: Path) -> BinaryIO | None:
     return file
 
 
-# Reading.
-
-
 def manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says.
-
-    Raises:
-        CheckpointError: if it is missing, damaged, or of another format.
-    """
+    """What a checkpoint's manifest says, which is undamaged and of this format."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -240,11 +222,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def verify(folder: Path, manifest: dict[str, Any], rank: int) -> Path:
-    """The path of a rank's file, which is as it was written.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """The path of a rank's file, which is as it was written."""
     name = rank_file(rank)
     file, recorded = folder / name, manifest["files"].get(name)
     if recorded is None:
@@ -263,25 +241,16 @@ def verify(folder: Path, manifest: dict[str, Any], rank: int) -> Path:
 
 
 def rank_state(folder: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any]:
-    """What a rank saved.
-
-    Raises:
-        CheckpointError: if its file is missing, damaged, or not what this program writes.
-    """
+    """What a rank saved."""
     file = verify(folder, manifest, rank)
     content = read(file)
-    place = {"step": manifest["step"], "rank": rank, "world_size": manifest["world_size"]}
-    if content.get("place") != place:
+    if content.get("place") != identity(manifest["step"], rank, manifest["world_size"]):
         raise CheckpointError(f"{folder}: {file.name} belongs to another checkpoint")
     return content
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The content of a file that `torch.save` wrote; nothing in it is run.
-
-    Raises:
-        CheckpointError: if it is none, or holds what would have to be run.
-    """
+    """The content of a file that `torch.save` wrote; nothing in it is run."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:

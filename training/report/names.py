@@ -1,4 +1,4 @@
-"""What runs are called: by how their replicas meet, and by the settings that tell them apart."""
+"""What runs are called: by how their replicas meet, and by the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from ..values import shortened
 Settings = Mapping[str, Any]
 
 _OPTIMIZERS = {
-    "localsgd": "LocalSGD",
-    "localadamw": "LocalAdamW",
-    "sgd": "data-parallel SGD",
-    "adamw": "data-parallel AdamW",
-}
+    "localsgd": "LocalSGD", "localadamw": "LocalAdamW",
+    "sgd": "data-parallel SGD", "adamw": "data-parallel AdamW",
+}  # fmt: skip
 # Where a run ran and what it left, not what it did.
 _SURROUNDINGS = {
     "data_pth", "log_pth", "local_rank", "nw", "resume", "resume_pth", "loggers", "wandb", "device",
@@ -30,7 +28,7 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in cut)
 
 
-def told(value: Any) -> str:
+def in_words(value: Any) -> str:
     """What a run has left under a name, whatever it is, in a few words."""
     return str(value) if isinstance(value, (str, float, bool)) else shortened(value)
 
@@ -40,7 +38,7 @@ def labels(runs: Sequence[tuple[str, Settings]]) -> list[str]:
     method = [_method(settings) or name for name, settings in runs]
     differing = [_differing([s for _, s in runs], method, label) for label in method]
     longer = [
-        ", ".join([label, *(f"{key} {told(runs[at][1].get(key, '–'))}" for key in differing[at])])
+        ", ".join([label, *_items({key: runs[at][1].get(key, "–") for key in differing[at]})])
         for at, label in enumerate(method)
     ]
     count = Counter(longer)
@@ -57,7 +55,7 @@ def rule(settings: Settings) -> str:
     if not _local(settings):
         return "data-parallel"
     given = settings.get("sync_settings")
-    return ", ".join([told(settings.get("sync", "average")), *_items(given)])
+    return ", ".join([in_words(settings.get("sync", "average")), *_items(given)])
 
 
 def period(settings: Settings) -> str:
@@ -67,7 +65,7 @@ def period(settings: Settings) -> str:
     if not _local(settings):
         return "every step"
     names = ("period", "alpha", "h_base", "power", "switch_step")
-    kind, alpha, base, power, switch = (told(settings.get(key, "?")) for key in names)
+    kind, alpha, base, power, switch = (in_words(settings.get(key, "?")) for key in names)
     given = settings.get("period_settings")
     first = {
         "qsr": f"QSR, α {alpha}, H ≥ {base}",
@@ -81,27 +79,28 @@ def period(settings: Settings) -> str:
 
 def _items(given: Any) -> list[str]:
     """A rule's or a period's own settings."""
-    return [f"{told(k)} {told(v)}" for k, v in given.items()] if isinstance(given, dict) else []
+    items = given.items() if isinstance(given, dict) else ()
+    return [f"{in_words(key)} {in_words(value)}" for key, value in items]
 
 
 def subject(settings: Settings) -> str:
     """What is trained on what."""
     model, data = settings.get("model"), settings.get("data")
-    return f"{told(model)} on {told(data)}" if model and data else ""
+    return f"{in_words(model)} on {in_words(data)}" if model and data else ""
 
 
 def _local(settings: Settings) -> bool:
-    return told(settings["optimizer"]).startswith("local")
+    return in_words(settings["optimizer"]).startswith("local")
 
 
 def _method(settings: Settings) -> str:
     """Optimizer, rule and period; "" where no settings are known."""
-    optimizer = told(settings.get("optimizer") or "")
-    parts = [_OPTIMIZERS.get(optimizer, optimizer)]
+    optimizer = in_words(settings.get("optimizer") or "")
+    words = [_OPTIMIZERS.get(optimizer, optimizer)]
     if optimizer and _local(settings):
-        sync, when = told(settings.get("sync", "average")), period(settings)
-        parts += [sync] * (sync != "average") + [when.split(",")[0]]
-    return ", ".join(parts)
+        sync, when = in_words(settings.get("sync", "average")), period(settings)
+        words += [sync] * (sync != "average") + [when.split(",")[0]]
+    return ", ".join(words)
 
 
 def _differing(settings: Sequence[Settings], method: Sequence[str], label: str) -> list[str]:

@@ -14,7 +14,7 @@ from data.dataset import regular
 
 from ..settings import from_yaml
 from ..values import ConfigError
-from .names import labels, shown, told
+from .names import in_words, labels, shown
 
 METRICS = "metrics.jsonl"
 _LARGEST = 2**28  # bytes of it; three hundred epochs of ImageNet record a tenth
@@ -29,23 +29,14 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run."""
 
-    Attributes:
-        name: its folder's; with as much of the path as tells it from the others.
-        label: what it is called in charts.
-        settings: its config.yml, or nothing.
-        records: in the order of their steps; "train_seconds" in each leaves evaluation out.
-        summary: what it ended with, None if it has not.
-        notes: what a reader should know about it.
-    """
-
-    name: str
-    label: str
-    settings: Mapping[str, Any]
-    records: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any] | None
-    notes: Sequence[str]
+    name: str  # its folder's, with as much of the path as distinguishes it from the others
+    label: str  # what it is called in charts
+    settings: Mapping[str, Any]  # its config.yml, or nothing
+    records: Sequence[Mapping[str, Any]]  # by step; "train_seconds" in each is without evaluation
+    summary: Mapping[str, Any] | None  # what it ended with, None if it has not
+    notes: Sequence[str]  # what a reader should know about it
 
     def points(self, kinds: Sequence[str], x: str, y: str) -> Points:
         """``y`` over ``x`` in records of ``kinds`` that have both; NaN where y is not finite."""
@@ -57,10 +48,10 @@ class Run:
 
     def last(self, key: str, kinds: Sequence[str] = ("train", "val")) -> float | None:
         """What was recorded last under ``key``, in the summary or in records of ``kinds``."""
-        having = [record for record in self.records if record["kind"] in kinds and key in record]
+        found = [record for record in self.records if record["kind"] in kinds and key in record]
         if self.summary and key in self.summary:
-            having.append(self.summary)
-        return number(having[-1][key]) if having else None
+            found.append(self.summary)
+        return number(found[-1][key]) if found else None
 
 
 def number(value: Any) -> float | None:
@@ -77,8 +68,8 @@ def read(folders: Iterable[Path]) -> list[Run]:
     """
     paths = list({path.resolve(): None for path in folders})
     runs = [_read(path, name) for path, name in zip(paths, shortest_names(paths), strict=True)]
-    called = labels([(run.name, run.settings) for run in runs])
-    return [replace(run, label=shown(label)) for run, label in zip(runs, called, strict=True)]
+    names = labels([(run.name, run.settings) for run in runs])
+    return [replace(run, label=shown(label)) for run, label in zip(runs, names, strict=True)]
 
 
 def shortest_names(paths: Sequence[Path]) -> list[str]:
@@ -119,7 +110,7 @@ def _records(folder: Path) -> tuple[list[dict[str, Any]], int]:
         record is None and line.strip() != ""
         for line, record in zip(lines[:-1], found[:-1], strict=True)
     )
-    records = _without_evaluation(_told_last([record for record in found if record]))
+    records = _without_evaluation(_recorded_last([record for record in found if record]))
     if not any(record["kind"] in ("train", "val") for record in records):
         raise ReportError(f"{file}: nothing is recorded there yet")
     return records, damaged
@@ -142,18 +133,18 @@ def _mapping(text: str) -> dict[str, Any] | None:
     return value
 
 
-def _told_last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the records of steps that were gone back on: a resumed run tells them once more."""
+def _recorded_last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the records of steps that were gone back on: a resumed run records them once more."""
     kept: list[dict[str, Any]] = []
     for record in records:
-        if kept and (kept[-1]["step"] > record["step"] or _place(kept[-1]) == _place(record)):
+        if kept and (kept[-1]["step"] > record["step"] or _identity(kept[-1]) == _identity(record)):
             while kept and kept[-1]["step"] >= record["step"]:
                 kept.pop()
         kept.append(record)
     return kept
 
 
-def _place(record: Mapping[str, Any]) -> tuple[Any, ...]:
+def _identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return record["kind"], record["step"], record.get("begun_at")
 
 
@@ -170,9 +161,9 @@ def _without_evaluation(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _unfinished(folder: Path, last: Mapping[str, Any]) -> str:
     """Why a run has no summary."""
     if marker := _text(folder / "preempted"):
-        stopped = _mapping(marker) or {}
-        step = number(stopped.get("step")) or last["step"]
-        return f"stopped at step {step:,}: {told(stopped.get('reason', 'asked to'))}"
+        stop = _mapping(marker) or {}
+        step = number(stop.get("step")) or last["step"]
+        return f"stopped at step {step:,}: {in_words(stop.get('reason', 'asked to'))}"
     if "loss" in last and number(last["loss"]) is None:
         return f"diverged by step {last['step']:,}"
     return f"not finished: step {last['step']:,}"
