@@ -1,7 +1,8 @@
 """The training program behind main.py.
 
     config.py         the table of settings; settings.py how flags, recipe and host file become one
-    distributed.py    rank, device and process group of this process; launchers.py who started it
+    distributed.py    rank, device and process group of this process; launchers.py who started it,
+                      hostfile.py on which hosts
     run.py, loop.py   a run put together from its settings; how it trains
     engine.py         what a training step is; deepspeed_*.py what DeepSpeed does of it
     optimizers.py     the optimizer asked for, rules and periods from named.py; lr.py its rates
