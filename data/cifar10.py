@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.dataset import DataError, sha256
+from data.dataset import DataError, irregular, sha256
 
 FOLDER = "cifar-10-batches-py"
 TEST, META = "test_batch", "batches.meta"
 SIDE = 32  # pixels
 _PIXELS = 3 * SIDE * SIDE
+LARGEST_FILE = 2**28  # bytes; a batch has 31 million
 
 Part = tuple[np.ndarray, np.ndarray]  # images (n, 32, 32, 3) uint8, labels (n,) int64
 
@@ -87,8 +88,13 @@ def find(folder: Path) -> Files:
 
 
 def _present(path: Path) -> Path:
-    if not path.is_file():
-        raise DataError(f"{path} is missing")
+    try:
+        what, size = irregular(path), path.stat().st_size
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise DataError(f"{path} {'is missing' if missing else error.strerror}") from None
+    if what is not None or size > LARGEST_FILE:
+        raise DataError(f"{path} is {what or f'larger than {LARGEST_FILE} bytes'}")
     return path
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import reprlib
+import stat
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ TRAIN, VAL = "train.beton", "val.beton"
 # Up to this size a file's checksum is compared at every opening (a tenth of a second); of a larger
 # one only the size, since reading all of ImageNet would take minutes.
 CHECKSUM_LIMIT = 64 * 2**20
+DESCRIPTION_LIMIT = 2**24  # bytes; that of ImageNet has 30,000
 
 
 class DataError(Exception):
@@ -68,18 +70,18 @@ class Dataset:
             DataError: it is missing or not of this form.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(regular(path, DESCRIPTION_LIMIT))
             files = {name: File(**entry) for name, entry in content.pop("files").items()}
             dataset = cls(**content, files=files)
         except FileNotFoundError:
-            raise DataError(f"{path} is missing; {_remedy(path)}") from None
+            raise DataError(f"{path} is missing; {remedy(path)}") from None
         except (
             OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError
         ) as error:  # fmt: skip
             told = " ".join(str(error).split())
-            raise DataError(f"{path} cannot be read ({told}); {_remedy(path)}") from None
+            raise DataError(f"{path} cannot be read ({told}); {remedy(path)}") from None
         if wrong := _wrong(dataset):
-            raise DataError(f"{path}: {wrong}; {_remedy(path)}")
+            raise DataError(f"{path}: {wrong}; {remedy(path)}")
         return dataset
 
     def dump(self) -> str:
@@ -144,10 +146,10 @@ def checked(path: str | Path) -> Dataset:
     path = Path(path)
     if not path.is_file():
         state = "isn't a file" if path.exists() else "is missing"
-        raise DataError(f"{path} {state}; {_remedy(path)}")
+        raise DataError(f"{path} {state}; {remedy(path)}")
     dataset = Dataset.load(path.with_name(DESCRIPTION))
     if path.name not in dataset.files:
-        raise DataError(f"{path} isn't described in {DESCRIPTION}; {_remedy(path)}")
+        raise DataError(f"{path} isn't described in {DESCRIPTION}; {remedy(path)}")
     file, size = dataset.files[path.name], path.stat().st_size
     if size != file.bytes:
         raise damaged(path, f"has {size} bytes instead of {file.bytes}")
@@ -158,7 +160,7 @@ def checked(path: str | Path) -> Dataset:
 
 def damaged(path: Path, what: str) -> DataError:
     """The error for a file whose content is wrong; `what` completes the sentence."""
-    return DataError(f"{path} {what}; {_remedy(path)}")
+    return DataError(f"{path} {what}; {remedy(path)}")
 
 
 def sha256(path: Path) -> str:
@@ -166,5 +168,52 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remedy(path: Path) -> str:
-    return f"run python -m data.write SOURCE --out {path.parent}"
+def regular(path: Path, most: int) -> bytes:
+    """The content of a regular file, or of one that links lead to, of at most so many bytes.
+
+    Reading a FIFO could wait for ever, and a device may have no end.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is of another kind, or larger.
+    """
+    if (what := irregular(path)) is not None:
+        raise ValueError(what)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most} bytes")
+    return content
+
+
+def irregular(path: Path) -> str | None:
+    """What is wrong with a file that isn't a regular one; OSError where there is none."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
+    return f"not a regular file but {kinds.get(stat.S_IFMT(mode), 'a device')}"
+
+
+def remedy(path: Path) -> str:
+    """The end of an error about a file of a data set: the command that writes the data set."""
+    from data import sources  # they know this module
+
+    folder = path.parent
+    source, settings = _recorded(folder / DESCRIPTION)
+    source = source if source in sources.NAMES else sources.kind_of(folder.name)
+    # What is there is written over only where the command says so.
+    there = any((folder / name).exists() for name in (TRAIN, VAL, DESCRIPTION))
+    *others, last = sources.NAMES
+    which = "" if source else f", SOURCE being {', '.join(others)} or {last}"
+    return f"run {sources.command(source, folder, settings, force=there)}{which}"
+
+
+def _recorded(description: Path) -> tuple[Any, dict[str, Any]]:
+    """Source and settings of the data that a description, which may be damaged, is of."""
+    try:
+        content = json.loads(regular(description, DESCRIPTION_LIMIT))
+        name, settings = content["name"], content["settings"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None, {}
+    return name, settings if isinstance(settings, dict) else {}

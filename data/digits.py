@@ -29,8 +29,8 @@ def digits(split: str = "test", size: int = 32) -> tuple[Part, Part]:
     """The part to train on and the part to evaluate on.
 
     Args:
-        split: "test" for training part against test part; "tune" for a further split of the
-            training part alone, on which to choose settings without looking at the test part.
+        split: "test" for training part against validation part; "tune" for a further split of the
+            training part alone, on which to choose settings without looking at that part.
         size: S, the images' side in pixels.
 
     Raises:

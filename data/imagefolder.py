@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data.dataset import DataError
+from data.dataset import DataError, regular
 from data.order import Stream, draws
 from data.source import Stored, levels
 
@@ -36,6 +36,7 @@ from data.source import Stored, levels
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 LARGEST = 4096  # pixels; an image and then a page of the file have to fit into memory
+LARGEST_FILE = 2**28  # bytes, of an image as it is found
 
 _CHUNK, _CHUNK_BYTES = 8, 2**23  # images handed over at once; fewer if they could take more bytes
 
@@ -350,7 +351,7 @@ def _prepare(slot: int, first: int, paths: list[Path]) -> _Chunk:
     jpegs = storage.jpegs(np.arange(first, first + len(paths)))
     for path, jpeg in zip(paths, jpegs.tolist(), strict=True):
         try:
-            pixels = decoded(path.read_bytes())
+            pixels = decoded(regular(path, LARGEST_FILE))
         except MemoryError:
             raise
         except Exception as error:  # Pillow doesn't say what it raises for a malformed file

@@ -1,7 +1,8 @@
 """Write a data set as FFCV files: `python -m data.write SOURCE --out DIR`.
 
 DIR then holds train.beton, val.beton and, written last, dataset.json, which describes them. Files
-appear under their names only when complete. Running again does nothing if all is there and valid.
+appear under their names only when complete. Running again does nothing if all is there and valid;
+what is there and is anything else is written over only with --force.
 The bytes depend only on the source and its settings (and the releases of OpenCV and Pillow).
 """
 
@@ -47,14 +48,14 @@ def write(name: str, settings: dict[str, Any], out: Path, *, force: bool = False
         name: one of `data.sources.NAMES`.
         settings: the source's flags.
         out: the folder; made if missing.
-        force: write even over valid files or another data set.
+        force: write even over valid files, another data set, or files that are none of it.
 
     Returns:
         Whether anything was written.
 
     Raises:
-        DataError: the folder holds another data set, or can't be written; or the source's own
-            files aren't as they should be.
+        DataError: the folder holds another data set or other files of these names, or can't be
+            written; or the source's own files aren't as they should be.
         ValueError: the source refuses the settings.
     """
     source = sources.source(name)
@@ -79,17 +80,21 @@ def write_content(name: str, settings: dict[str, Any], content: Content, out: Pa
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = {}
-        with ExitStack() as both:
+        # They take their places together, the description last: two runs that write the same data
+        # at the same time don't find each other's without one.
+        with ExitStack() as all_three:
+            description = all_three.enter_context(_replacing(out / DESCRIPTION))
             for file, samples in ((TRAIN, content.train), (VAL, content.val)):
-                temporary = both.enter_context(_replacing(out / file))
+                temporary = all_three.enter_context(_replacing(out / file))
                 images = write_beton(
                     temporary, samples, content.mode, label=file, page_size=content.page_size
                 )
+                _sync(temporary)
                 files[file] = File(images, temporary.stat().st_size, _checksum(temporary, file))
             found = {"mean": content.mean, "std": content.std} | content.findings()
-        dataset = Dataset(name, settings, content.classes, files=files, **found)
-        with _replacing(out / DESCRIPTION) as temporary:
-            temporary.write_text(dataset.dump())
+            dataset = Dataset(name, settings, content.classes, files=files, **found)
+            description.write_text(dataset.dump())
+            _sync(description)
     except OSError as error:
         raise DataError(f"cannot write to {out}: {error.strerror or error}") from error
 
@@ -186,22 +191,42 @@ def _checksum(path: Path, label: str) -> str:
 
 
 def _is_there(name: str, settings: dict[str, Any], out: Path) -> bool:
-    """Whether the folder holds just these data, undamaged; DataError if it holds others."""
-    if not (out / DESCRIPTION).exists():
+    """Whether the folder holds just these data; DataError if something else is in their way."""
+    overwriting = sources.command(name, out, settings, force=True)
+    there = [file for file in (TRAIN, VAL, DESCRIPTION) if os.path.lexists(out / file)]
+    if DESCRIPTION not in there:
+        if there:
+            raise DataError(
+                f"{out / there[0]} is there already, and no {DESCRIPTION} says what it is: move it "
+                f"away, or overwrite it with {overwriting}"
+            )
         return False
     try:
         dataset = Dataset.load(out / DESCRIPTION)
     except DataError:
-        return False
+        raise DataError(
+            f"{out / DESCRIPTION} is there already, and describes no data set: move it away, or "
+            f"overwrite it with {overwriting}"
+        ) from None
     if (dataset.name, dataset.settings) != (name, settings):
         raise DataError(
             f"{out} holds {dataset.name} {json.dumps(dataset.settings)}, not {name} "
             f"{json.dumps(settings)}; choose another folder, or --force to overwrite"
         )
-    return set(dataset.files) == {TRAIN, VAL} and all(
-        (out / file).is_file() and _checksum(out / file, file) == recorded.sha256
-        for file, recorded in dataset.files.items()
-    )
+    for file in (TRAIN, VAL):
+        recorded = dataset.files.get(file)
+        same = file in there and recorded and (out / file).is_file()
+        if file in there and not (same and _checksum(out / file, file) == recorded.sha256):
+            raise DataError(
+                f"{out / file} is not what {DESCRIPTION} records: move it away, or overwrite it "
+                f"with {overwriting}"
+            )
+    return len(there) == 3
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -212,8 +237,6 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
         umask = os.umask(0)  # mkstemp made the file private; give it the usual permissions
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -234,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in sources.NAMES:
         sub = kinds.add_parser(name)
         sub.add_argument("--out", type=folder_name, required=True, help="folder to write to")
-        sub.add_argument("--force", action="store_true", help="write even if all is there")
+        sub.add_argument("--force", action="store_true", help="write over what is there")
         sources.source(name).add_flags(sub)
     settings = vars(parser.parse_args(arguments))
     name, out, force = (settings.pop(key) for key in ("source", "out", "force"))

@@ -53,7 +53,7 @@ def hs(recipe: str) -> tuple[list[int], list[float]]:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Means over the seeds, as Markdown."""
-    heads = ["recipe", "test accuracy", "synchronisations", "sent per replica"]
+    heads = ["recipe", "validation accuracy", "synchronisations", "sent per replica"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for recipe, name in RECIPES.items():
         runs = [row for row in rows if row["recipe"] == recipe]

@@ -86,7 +86,7 @@ def table(rows: list[dict[str, str]]) -> str:
         for rule in RULES
         for m in counts
     }
-    accuracies = [f"test accuracy, {m} replicas" for m in counts]
+    accuracies = [f"validation accuracy, {m} replicas" for m in counts]
     several = ", ".join(map(str, counts))
     rest = [f"{what} ({several})" for what in ("MB sent per replica", "s exposed", "s hidden")]
     heads = ["rule", *accuracies, "synchronisations", *rest]

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="decides the first weights, the order of the data and, with --train-size, which "
         "images; default %(default)s",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures here")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="a new file for the figures")
     return parser
 
 
@@ -97,6 +97,8 @@ def _run(flags: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
         if options.out and options.out.is_dir():
             raise ValueError(f"--out {options.out}: this is a folder, and a file is wanted")
+        if options.out and options.out.exists():
+            raise ValueError(f"--out {options.out}: it is there already; name another file")
         peers = strategy.peers(n)
         processes.start_server(*(module.__name__ for module in STRATEGIES.values()))
         task = digits_task(

@@ -36,6 +36,8 @@ from .sync import (
 )
 from .traffic import Sending, Traffic
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BMUF",
     "EASGD",

@@ -26,10 +26,6 @@ settings=(--recipe-pth "$@")
 
 run-scripts/setup.sh
 
-hosts=$(sed -E 's/#.*//; s/^[[:space:]]+//; s/[[:space:]].*//; /^$/d' "$hostfile")
-[[ -n $hosts ]] || die "hostfile $hostfile lists no host: write one line per host, such as" \
-    "'localhost slots=2'"
-
 # DeepSpeed's launcher starts one process per slot. The shipped two slots are right for up to three
 # GPUs (on one, both replicas share it); a hostfile that was edited is left alone. More are used in
 # powers of two, which divide the batch.
@@ -51,28 +47,28 @@ for flag in "$@"; do
     esac
 done
 
-# Where main.py will look for its data set, and put the run. Asking also finds a wrong flag or hostfile
-# now, not later once per rank.
+# Where main.py will look for its data set, where it will put the run, and on which hosts. Asking also
+# finds a wrong flag or hostfile now, before anything is started by it.
 ask='
-import os, sys
+import sys
+from training.hostfile import slots
 from training.settings import load
 from training.values import ConfigError, absolute
-from training.plan.options import slots_of
 try:
-    slots_of(sys.argv[1])
+    hosts = slots(sys.argv[1])
     config = load(sys.argv[2:])
-    print(absolute(config.data_pth) / config.data, absolute(config.log_pth), sep="\n")
+    print(absolute(config.data_pth) / config.data, absolute(config.log_pth), *hosts, sep="\n")
 except ConfigError as problem:
     print(f"run.sh: {problem}", file=sys.stderr)
     sys.exit(2)'
 places=$("$python" -c "$ask" "$hostfile" "${settings[@]}") || exit
-data=${places%%$'\n'*} runs=${places#*$'\n'}
+{ IFS= read -r data && IFS= read -r runs && mapfile -t hosts; } <<<"$places"
 [[ $data != */digits || -e $data/dataset.json ]] || "$python" -m data.write digits --out "$data"
 
 launch=(--quiet --hostfile "$hostfile")
 
-if grep -qvxE 'localhost|127\.0\.0\.1' <<<"$hosts"; then
-    launch+=(--master_addr "$(head -n 1 <<<"$hosts")") # docs/cluster.md
+if grep -qvxE 'localhost|127\.0\.0\.1' <<<"$(printf '%s\n' "${hosts[@]}")"; then
+    launch+=(--master_addr "${hosts[0]#*@}") # docs/cluster.md
 else
     launch+=(--no_ssh_check --master_addr 127.0.0.1)
     if ((${#chosen[@]})); then

@@ -54,6 +54,16 @@ def with_resolution(config: Config, side: int | None) -> Config:
     return dataclasses.replace(config, resolution=side)
 
 
+def slow_precision(config: Config, device: torch.device) -> str | None:
+    """What to say of a precision that the ``device`` makes slow instead of fast."""
+    if device.type != "cpu" or config.precision != "fp16":
+        return None
+    return (
+        "precision is fp16, which a CPU computes many times more slowly than fp32 or bf16: seconds "
+        "for each step; set precision to fp32 or bf16"
+    )
+
+
 def with_compile(config: Config, device: torch.device) -> Config:
     """``config`` saying whether to compile the model, where it leaves that to the ``device``."""
     if config.compile is not None:

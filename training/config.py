@@ -100,9 +100,9 @@ class Config:
     h_base: int = _setting(4, "synchronisation", "least local steps per round; constant, post-local: H itself", low=1)
     h_max: int = _setting(-1, "synchronisation", "most local steps per round; -1: no cap", derived=1)
     switch_step: int = _setting(-1, "synchronisation", "post-local, swap: step at which rounds lengthen", low=-1)
-    period_settings: dict[str, Any] = _setting({}, "synchronisation", "the period's further settings, such as warmup_h; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
+    period_settings: dict[str, Any] = _setting({}, "synchronisation", "the period's further settings, listed below; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
     sync: str = _setting("average", "synchronisation", "how replicas synchronise: a rule's name, or the import path of one of your own")
-    sync_settings: dict[str, Any] = _setting({}, "synchronisation", "the rule's own settings, as README lists them; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
+    sync_settings: dict[str, Any] = _setting({}, "synchronisation", "the rule's own settings, listed below; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
     buffers: Literal["keep", "average", "broadcast"] = _setting("keep", "synchronisation", "what a synchronisation does to the model's buffers")
     track_replicas: bool = _setting(False, "synchronisation", "record at each synchronisation how far replicas have parted, and the loss and waiting time of each")
 
@@ -193,7 +193,8 @@ class Config:
             if name not in parameters or self.leaves_to_period(name, parameters[name]):
                 continue
             if value <= least:
-                needed = needed.format(max_lr=self.max_lr)
+                ratio = _RATIOS["sgd" if self.optimizer.endswith("sgd") else "adamw"]
+                needed = needed.format(ratio=ratio, alpha=ratio * self.max_lr, max_lr=self.max_lr)
                 raise ConfigError(f"{name} is {value}: period {self.period} needs {needed}")
 
     def leaves_to_period(self, name: str, parameter: inspect.Parameter) -> bool:
@@ -259,10 +260,16 @@ PERIOD_TAKES = {
 }  # fmt: skip
 # Where it takes one: what is too little, and what it needs.
 _ASKED_FOR = {
-    "alpha": (0, "a positive one, such as 2 to 3 times max_lr ({max_lr})"),
+    "alpha": (
+        0,
+        "a positive one, such as {alpha:.3g}, {ratio} times max_lr ({max_lr}); see "
+        "docs/choosing-alpha.md",
+    ),
     "power": (0, "a positive one"),
     "switch_step": (-1, "one"),
 }
+# α over the peak rate in the QSR paper (arXiv 2310.14423): 0.25 / 0.8 and 0.0175 / 0.008.
+_RATIOS = {"sgd": 0.31, "adamw": 2.2}
 _PATHS = ("data_pth", "log_pth", "resume_pth", "optimizer_resume_pth", "deepspeed_config")
 HOST_KEYS = ("data_pth", "log_pth", "wandb_project", "wandb_entity", "nw")
 # What may differ between ranks without making them train differently.

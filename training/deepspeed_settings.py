@@ -82,7 +82,7 @@ def _user_json(config: Config) -> dict[str, Any]:
         for name, keys in _OURS.items():
             _take_out(content, dict.fromkeys(keys, f"it is the recipe's: set {name} there"))
         _check_stage(config, content.get("zero_optimization", {}))
-        _take_out(content, _SPLITS | _SAVES | (_REDUCES if config.local else {}))
+        _take_out(content, _SPLITS | _SAVES | _MONITORS | (_REDUCES if config.local else {}))
         _check_values(content)
     return content
 
@@ -201,6 +201,12 @@ _SAVES = dict.fromkeys(
     ("nebula", "datastates_ckpt"),
     "this program saves its checkpoints itself; leave it out",
 )
+_MONITORS = {
+    "wandb": "this program logs there itself: set wandb, wandb_project and wandb_entity",
+    "tensorboard": "this program logs there itself: set loggers to tensorboard",
+    "csv_monitor": "the run's folder has all that is recorded, in metrics.jsonl; leave it out",
+    "comet": "this program logs to metrics.jsonl, and where loggers and wandb say; leave it out",
+}
 _REDUCES = dict.fromkeys(
     (
         "communication_data_type", "prescale_gradients", "gradient_predivide_factor",

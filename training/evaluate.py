@@ -91,6 +91,33 @@ def estimate_batch_norm(
     _weigh_together(norms, count, collective)
 
 
+class Statistics:
+    """BatchNorm statistics of the models that were evaluated last, for a checkpoint of that step.
+
+    They are the consensus's, or its moving average's: no replica has them.
+    """
+
+    def __init__(self) -> None:
+        self._step, self._kept = -1, dict[str, dict[str, Tensor]]()
+
+    def keep(self, step: int, what: str, model: nn.Module) -> None:
+        """``model`` is evaluated after ``step`` steps as ``what``, with the statistics it has."""
+        if step != self._step:
+            self._step, self._kept = step, {}
+        norms = set(_batch_norms(model))
+        self._kept[what] = {
+            f"{prefix}.{name}".lstrip("."): statistic.clone()
+            for prefix, norm in model.named_modules()
+            if norm in norms
+            for name, statistic in norm.named_buffers(recurse=False)
+            if name in ("running_mean", "running_var")
+        }
+
+    def after(self, step: int) -> dict[str, dict[str, Tensor]]:
+        """By what was evaluated after ``step`` steps, its statistics by their names."""
+        return self._kept if step == self._step else {}
+
+
 def _weigh_together(norms: list[_BatchNorm], count: int, collective: Collective) -> None:
     statistics = [s for n in norms for s in (n.running_mean, n.running_var) if s is not None]
     packed = torch.cat([s.double() for s in statistics]) * count

@@ -21,9 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = "default MODEL-step-N.pt in the working directory"
     parser.add_argument("--out", type=Path, metavar="FILE", help=default)
     parser.add_argument("--ema", action="store_true", help="the moving average of the model")
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
     try:
         flags = parser.parse_args(arguments)
-        print(export(flags.checkpoint, flags.out, ema=flags.ema))
+        print(export(flags.checkpoint, flags.out, ema=flags.ema, force=flags.force))
     except (CheckpointError, ConfigError, ExportError) as error:
         print(f"training.export: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import hostfile
 from .values import ConfigError
 
 
@@ -37,11 +38,12 @@ def check() -> None:
     """Refuse a start that would leave replicas out, or let each train alone.
 
     Raises:
-        ConfigError: if a launcher's host file is missing, or it gives its processes no ranks.
+        ConfigError: if a launcher's host file is missing or wrong, or it gives its processes no
+            ranks.
     """
     for _, arguments, folder in _processes_above():
         if launcher := _launcher(arguments):
-            _require_hostfile(launcher, arguments, folder)
+            _check_hostfile(launcher, arguments, folder)
     if "RANK" in os.environ:
         return
     for launcher in LAUNCHERS.values():
@@ -52,19 +54,21 @@ def check() -> None:
             )
 
 
-def _require_hostfile(launcher: Launcher, arguments: list[str], folder: Path) -> None:
-    """DeepSpeed only warns of a missing one, and trains on fewer replicas.
+def _check_hostfile(launcher: Launcher, arguments: list[str], folder: Path) -> None:
+    """DeepSpeed only warns of a missing one, and trains on fewer replicas; it takes any host.
 
     It does not pass the flag on, so it is looked for in the processes above this one.
     """
     for flag, value in itertools.pairwise(arguments):
         name, _, joined = flag.partition("=")
-        hostfile = folder / (joined or value)
-        if name in launcher.hostfile_flags and not hostfile.is_file():
+        file = folder / (joined or value)
+        if name not in launcher.hostfile_flags:
+            continue
+        if not file.is_file():
             raise ConfigError(
-                f"hostfile {hostfile} is missing: write one line per host, such as "
-                "`localhost slots=2`"
+                f"hostfile {file} is missing: write one line per host, such as `localhost slots=2`"
             )
+        hostfile.slots(str(file))
 
 
 def processes() -> list[int]:

@@ -77,18 +77,19 @@ def evaluate_consensus(run: Run, step: int) -> None:
     """Evaluate what the replicas agree on, with BatchNorm statistics of its own. Collective."""
     started = time.perf_counter()
     with run.watch.phase("evaluating"), run.optimizer.consensus(), run.engine.uncompiled():
-        evaluation, average = _evaluated(run, step), None
+        evaluation, average = _evaluated(run, step, "model"), None
         if run.ema:
             with run.ema.in_place():
-                average = _evaluated(run, step)
+                average = _evaluated(run, step, "ema")
     run.recorder.evaluated(step, evaluation, average, time.perf_counter() - started)
 
 
-def _evaluated(run: Run, step: int) -> Evaluation:
+def _evaluated(run: Run, step: int, what: str) -> Evaluation:
     model, autocast = run.engine.model, run.engine.autocast
     if run.config.bn and has_batch_norm(model):
         batches = run.train_data.estimation(step, run.config.bn_batches)
         estimate_batch_norm(model, batches, run.collective, autocast)
+    run.state.statistics.keep(step, what, model)
     return evaluate(model, run.val_data, run.collective, autocast)
 
 

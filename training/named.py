@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -134,6 +135,37 @@ def parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         for name, parameter in inspect.signature(make).parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
+
+
+def settings_text(flags: Iterable[str]) -> str:
+    """The settings of every built-in rule and period, for the end of ``main.py --help``.
+
+    Args:
+        flags: what periods take that is a flag of the program.
+    """
+    others = {"sync": set[str](), "period": {*flags, "warmup_steps", "total_steps", "h_max"}}
+    lines = []
+    for setting, (_, builtin) in KINDS.items():
+        lines += ["", f"settings of each {'rule' if setting == 'sync' else setting}, for "
+                  f"--{setting}-settings: name (type, default)"]  # fmt: skip
+        for name, make in sorted(builtin.items()):
+            own = [p for p in parameters(make).values() if p.name not in others[setting]]
+            # A maker of an optimizer no text can be.
+            own = [_in_words(p) for p in own if "Maker" not in str(p.annotation)]
+            start = f"  {name:<14}"
+            text = textwrap.wrap(", ".join(own) or "none", 98 - len(start))  # at plain spaces only
+            starts = [start, *[" " * len(start)] * (len(text) - 1)]
+            lines += map(str.__add__, starts, text)
+    return "\n".join(lines[1:]).replace(_TOGETHER, " ") + "\n"
+
+
+_TOGETHER = "\N{NO-BREAK SPACE}"
+
+
+def _in_words(parameter: inspect.Parameter) -> str:
+    kind = str(parameter.annotation).replace("Codec | ", "").replace(" | None", "")
+    default = "needed" if parameter.default is parameter.empty else repr(parameter.default)
+    return f"{parameter.name} ({kind}, {default})".replace(" ", _TOGETHER)
 
 
 def types(make: Callable[..., Any]) -> dict[str, Any]:

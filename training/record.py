@@ -281,7 +281,7 @@ def _table(summary: dict[str, Any], folder: Path, config: Config) -> str:
     replicas = "1 replica" if summary["replicas"] == 1 else f"{summary['replicas']} replicas"
     rows = {
         "run": f"{config.model} on {config.data}, {config.optimizer}, {replicas}",
-        "test accuracy (consensus)": accuracy,
+        "validation accuracy (consensus)": accuracy,
         **({"of its moving average": f"{average:.2%}"} if average is not None else {}),
         "steps": f"{summary['step']:,}",
         "synchronisations": f"{summary['syncs']:,} ({summary['share']:.1%} of the steps)",

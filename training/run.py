@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,6 +154,8 @@ def _assembled(
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
     config = checks.with_compile(config, process.device)
+    if process.rank == 0 and (slow := checks.slow_precision(config, process.device)):
+        print(f"main.py: {slow}", file=sys.stderr, flush=True)
     config, steps_per_epoch = _agreed_on_data(config, process, collective)
     train_data, val_data = _open_data(config, process)
     schedule = Schedule.of(config, steps_per_epoch)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .config import DEFAULTS, FIELDS, HOST_KEYS, TYPES, Config
+from .config import DEFAULTS, FIELDS, HOST_KEYS, PERIOD_TAKES, TYPES, Config
 from .loggers import LOGGERS
 from .values import (
     ROOT,
@@ -79,7 +79,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _from_yaml(text: str) -> Any:
+def from_yaml(text: str) -> Any:
+    """What a text in YAML says, or ConfigError saying why it is none; safe for any text."""
     try:
         return yaml.load(text, _Loader)
     except ConfigError:
@@ -109,7 +110,7 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = (), what: str = "recipe")
 
 def _read(path: Path, what: str, allowed: Sequence[str]) -> dict[str, Any]:
     with about(f"{what} {path}"):
-        content = _from_yaml(text_of(path))
+        content = from_yaml(text_of(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{what} {path}: it must hold `key: value` lines")
     settings = {}
@@ -184,12 +185,12 @@ def _mapped(value: Any, kind: Any) -> Any:
     names = [name for name, _, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is given twice")
-    return {name: _from_yaml(text) for name, _, text in pairs}
+    return {name: from_yaml(text) for name, _, text in pairs}
 
 
 def _parser(more_help: Callable[[], str] | None) -> Parser:
     parser = Parser(
-        more_help=more_help,
+        more_help=lambda: _help_end(more_help),
         prog="main.py",
         usage="deepspeed --hostfile hostfile main.py [flags]",
         description="Train with few synchronisations. Flags override the recipe.",
@@ -267,6 +268,12 @@ def _parse(argv: Sequence[str], more_help: Callable[[], str] | None) -> dict[str
     for name in ("deepspeed", "deepscale"):
         flags.pop(name, None)
     return flags
+
+
+def _help_end(more_help: Callable[[], str] | None) -> str:
+    from . import named
+
+    return "\n".join([named.settings_text(PERIOD_TAKES), *([more_help()] if more_help else [])])
 
 
 def _name_choices(parser: Parser) -> None:

@@ -18,7 +18,8 @@ class Digits(Source):
         parser.add_argument("--size", type=int, default=32, help="side in pixels (default 32)")
         parser.add_argument(
             "--split", choices=["test", "tune"], default="test",
-            help="evaluate on the test part, or on a part of the training part to choose settings",
+            help="evaluate on the validation part (test), or on a part of the training part, to "
+            "choose settings (tune)",
         )  # fmt: skip
 
     def load(self, size: int, split: str) -> Content:

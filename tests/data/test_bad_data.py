@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -80,7 +81,12 @@ def test_damaged_data(digits: Path, tmp_path: Path, damage: Any, name: str) -> N
     with untouched(tmp_path):
         for call in (checked, stored_side):
             line = told(call, folder / "train.beton", error=DataError)
-            check([str(folder / name), "python -m data.write"], line)
+            command = "`python -m data.write digits --size 8 --out"
+            if name == "dataset.json":  # then only the folder's name tells what it holds
+                command = "`python -m data.write digits --out"
+            if name == "dataset.json" and damage in (truncated, emptied, removed):
+                check([f"{command} {folder} --force`"], line)
+            check([str(folder / name), command], line)
 
 
 # What is written in place of an entry of dataset.json; a dotted name is of an entry's entry.
@@ -127,6 +133,61 @@ def test_a_wrong_entry_of_a_description(
     if entry not in ("files.bytes", "files.sha256", "files.images"):  # the plan opens no images
         line = told(plan, ["--plan", "--data-pth", str(tmp_path)])
         check([str(folder / "dataset.json")], line)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("digits", "digits --out"),
+        ("digits-8", "digits --out"),
+        ("cifar10", "cifar10 --folder FOLDER --out"),
+        ("imagenet", "imagefolder --folder TREE --out"),
+        ("flowers", "SOURCE --out"),
+    ],
+)
+def test_the_command_for_a_data_set_that_is_missing(
+    tmp_path: Path, name: str, command: str
+) -> None:
+    file = tmp_path / name / "train.beton"
+    line = told(checked, file, error=DataError)
+    assert line.startswith(
+        f"{file} is missing; run `python -m data.write {command} {file.parent}`"
+    )
+    assert ("SOURCE being cifar10, digits or imagefolder" in line) == (name == "flowers")
+
+
+def test_the_command_for_images_that_are_damaged(tmp_path: Path) -> None:
+    """It has the settings that they were written with; nothing else that a description says."""
+    recorded = {"max_size": 64, "quality": 80, "jpeg_share": 0.25, "statistics": "measured"}
+    odd = {"skip_broken": True, "train": 3, "size": "$(x)", "split": ["test"], "sha256": "0"}
+    content = {
+        "name": "imagefolder", "settings": recorded | odd, "classes": ["a"], "mean": [0, 0, 0],
+        "std": [1, 1, 1], "files": {"train.beton": {"images": 1, "bytes": 7, "sha256": ""}},
+    }  # fmt: skip
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    (tmp_path / "train.beton").write_bytes(b"1")
+    line = told(checked, tmp_path / "train.beton", error=DataError)
+    flags = "--max-size 64 --jpeg-share 0.25 --quality 80 --statistics measured --skip-broken"
+    command = f"imagefolder --folder TREE {flags} --out {tmp_path} --force"
+    assert line.endswith(f"; run `python -m data.write {command}`")
+    text = json.dumps(content | {"name": "digits"})
+    (tmp_path / "dataset.json").write_text(text)
+    line = told(checked, tmp_path / "train.beton", error=DataError)
+    assert line.endswith(f"; run `python -m data.write digits --out {tmp_path} --force`")
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "too large"])
+def test_a_description_that_has_no_end(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "dataset.json"
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    line = told(Dataset.load, path, error=DataError)
+    check([str(path), "larger than" if kind == "too large" else kind], line)
 
 
 @pytest.mark.parametrize("key", ["name", "settings", "classes", "mean", "std", "files"])

@@ -233,8 +233,17 @@ def test_numpy_is_not_told_what_a_file_says_of_its_arrays(folder):
 def test_a_missing_file_is_named(tmp_path, capsys, name):
     folder = make_folder(tmp_path, batches=3)
     (folder / name).unlink()
-    assert write.main(["cifar10", "--folder", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    command = ["cifar10", "--folder", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert write.main(command) == 2
     assert f"{folder / name} is missing" in one_line(capsys.readouterr().err)
+    os.mkfifo(folder / name)
+    assert write.main(command) == 2
+    assert f"{folder / name} is not a regular file but a FIFO" in one_line(capsys.readouterr().err)
+    (folder / name).unlink()
+    with (folder / name).open("wb") as file:
+        file.truncate(2**40)
+    assert write.main(command) == 2
+    assert f"{folder / name} is larger than" in one_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

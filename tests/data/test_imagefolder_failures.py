@@ -46,6 +46,34 @@ def test_all_broken_files_are_named_and_nothing_is_written(own, tmp_path, capfd)
     assert not list(out.iterdir())
 
 
+@pytest.mark.timeout(60)
+def test_what_is_no_regular_file_is_named_and_not_read(own, tmp_path, capfd):
+    """Reading one would wait for ever, or until memory is gone."""
+    train = files(own, "train")
+    for path in train[:4]:
+        path.unlink()
+    os.mkfifo(train[0])
+    train[1].symlink_to("/dev/zero")
+    train[2].symlink_to(train[0])
+    with train[3].open("wb") as file:
+        file.truncate(2**40)
+    reasons = ["a FIFO", "a device", "a FIFO", "larger than"]
+    assert run(own, tmp_path / "out") == 2
+    first, *lines = capfd.readouterr().err.rpartition("data.write: ")[2].splitlines()
+    assert first.startswith("4 of 18 images are broken")
+    for path, reason, line in zip(train[:4], reasons, lines, strict=True):
+        assert str(path) in line and reason in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_links_to_images_are_followed(own, tmp_path):
+    whole = written(own, tmp_path / "whole")
+    path = files(own, "train")[0]
+    path.symlink_to(path.rename(tmp_path / "elsewhere"))
+    out = written(own, tmp_path / "out")
+    assert (out / "train.beton").read_bytes() == (whole / "train.beton").read_bytes()
+
+
 def test_broken_files_can_be_left_out(own, tmp_path, capfd):
     whole = written(own, tmp_path / "whole")
     broken, out = damage(own), tmp_path / "out"
@@ -155,7 +183,8 @@ def workers_of(pid):
 
 def test_an_interrupted_run_leaves_nothing(started, tmp_path):
     process, workers = started
-    assert [path.name[:13] for path in (tmp_path / "out").iterdir()] == [".train.beton."]
+    drafts = sorted(path.name[:13] for path in (tmp_path / "out").iterdir())
+    assert drafts == [".dataset.json", ".train.beton."]
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     process.join(PATIENCE)
     errors = (tmp_path / "errors").read_text()

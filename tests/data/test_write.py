@@ -113,7 +113,8 @@ def test_writing_again_does_nothing_and_force_writes_the_same_bytes(folder, caps
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "remove", "description"])
-def test_damage_is_repaired(folder, damage):
+def test_damage_is_repaired(folder, damage, capsys):
+    """Of what is not there by itself, of what is there and something else by --force."""
     path = folder / ("dataset.json" if damage == "description" else "val.beton")
     before = path.read_bytes()
     if damage == "remove":
@@ -122,13 +123,48 @@ def test_damage_is_repaired(folder, damage):
         path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     else:
         path.write_bytes(before[:-10])
-    assert write.main(["digits", "--out", str(folder), "--size", "16"]) == 0
+    command = ["digits", "--out", str(folder), "--size", "16"]
+    if damage != "remove":
+        damaged = path.read_bytes()
+        assert write.main(command) == 2
+        line = one_line(capsys.readouterr().err)
+        assert str(path) in line and path.read_bytes() == damaged
+        told = f"python -m data.write digits --size 16 --out {folder} --force"
+        assert f"`{told}`" in line
+        command = told.split()[3:]
+    assert write.main(command) == 0
     assert path.read_bytes() == before
 
 
 def test_another_data_set_is_not_overwritten_by_chance(folder, capsys):
     assert write.main(["digits", "--out", str(folder), "--split", "tune"]) == 2
     assert "--force" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["train.beton", "val.beton", "dataset.json"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "fifo"])
+def test_what_else_is_there_is_not_overwritten(tmp_path, name, kind, capsys):
+    """Someone's own files of these names, with no description of a data set beside them."""
+    path, mine = tmp_path / "out" / name, tmp_path / "mine"
+    path.parent.mkdir()
+    mine.write_text("mine")
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(mine)
+    else:
+        os.mkfifo(path)
+    before = path.lstat()
+    assert write.main(["digits", "--out", str(path.parent), "--size", "8"]) == 2
+    line = one_line(capsys.readouterr().err)
+    assert f"{path} is there already" in line and "--force`" in line
+    assert path.lstat() == before and mine.read_text() == "mine"
+    assert os.listdir(path.parent) == [name]
+    if kind != "folder":
+        assert write.main(["digits", "--out", str(path.parent), "--size", "8", "--force"]) == 0
+        assert path.is_file() and mine.read_text() == "mine"
 
 
 def test_a_failure_leaves_what_was_there(folder, monkeypatch):

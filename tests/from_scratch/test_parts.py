@@ -36,6 +36,7 @@ SETTINGS = {"batch_size": 64, "epochs": 1, "lr": 0.2}
         ("--strategy ring_all_reduce --seed -1", "--seed"),
         ("--strategy ring_all_reduce --out /nowhere/at/all.json", "there is no folder /nowhere/at"),
         ("--strategy ring_all_reduce --out /tmp", "this is a folder"),
+        (f"--strategy ring_all_reduce --out {__file__}", "it is there already"),
         ("--strategy ring_all_reduce --momentum 0.9", "--momentum"),
         ("--strategy data_parallel --workers 2", "say --n-gpus"),
     ],

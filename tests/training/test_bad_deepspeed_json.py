@@ -70,7 +70,11 @@ JSONS: list[tuple[Any, list[str]]] = [
     ({"timers": 3}, ["timers is 3"]),
     ({"timers": {"throughput": {"enabled": "q"}}}, ["timers", "'q'"]),
     ({"csv_monitor": {"enabled": "x"}}, ["csv_monitor", "'x'"]),
-    ({"tensorboard": None}, ["tensorboard is None"]),
+    ({"csv_monitor": {"enabled": True}}, ["csv_monitor is {'enabled': True}", "metrics.jsonl"]),
+    ({"tensorboard": {"enabled": True}}, ["tensorboard", "set loggers to tensorboard"]),
+    ({"wandb": {"enabled": True, "team": "x"}}, ["wandb is {", "set wandb, wandb_project"]),
+    ({"wandb": {"project": "x"}}, ["wandb is {'project': 'x'}", "set wandb, wandb_project"]),
+    ({"comet": {"enabled": True}}, ["comet is {'enabled': True}", "metrics.jsonl"]),
     ({"flops_profiler": [1]}, ["flops_profiler is [1]"]),
     ({"activation_checkpointing": {"profile": "x"}}, ["activation_checkpointing", "'x'"]),
     ({"aio": {"block_size": "x"}}, ["aio is {'block_size': 'x'}", "a number"]),
@@ -107,6 +111,7 @@ def test_what_a_template_says_and_means_nothing_is_taken(tmp_path: Path, optimiz
         "tensor_parallel": {"autotp_size": 1}, "gradient_predivide_factor": 1.0,
         "prescale_gradients": False, "communication_data_type": None, "steps_per_print": None,
         "gradient_allreduce_op": "mean", "elasticity": {"enabled": False}, "log_level": None,
+        "wandb": {"enabled": False, "project": "x"}, "tensorboard": {}, "csv_monitor": None,
     }  # fmt: skip
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps(neutral | {"wall_clock_breakdown": True, "steps_per_print": 7}))

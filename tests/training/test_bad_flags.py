@@ -48,6 +48,14 @@ FLAGS: list[tuple[list[str], list[str]]] = [
     (["--scheduler", "cosine-step", "--min-lr", "0"], ["min_lr is 0", "cosine-step"]),
     (["--min-lr", "2", "--max-lr", "1"], ["min_lr", "2.0", "max_lr", "1.0"]),
     (["--alpha", "0"], ["alpha is 0.0", "qsr"]),
+    (
+        ["--alpha", "0", "--optimizer", "localsgd", "--max-lr", "0.8"],
+        ["alpha is 0.0", "such as 0.248, 0.31 times max_lr (0.8)"],
+    ),
+    (
+        ["--alpha", "0", "--optimizer", "localadamw", "--max-lr", "0.008"],
+        ["alpha is 0.0", "such as 0.0176, 2.2 times max_lr (0.008)"],
+    ),
     (["--period", "swap"], ["switch_step is -1", "swap"]),
     (["--period", "power", "--power", "0"], ["power is 0.0"]),
     (["--switch-step", "-5"], ["switch_step is -5"]),

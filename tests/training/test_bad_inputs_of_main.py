@@ -47,6 +47,7 @@ LATE = [
     (["--deepspeed_config", "GIVEN/steps.json"], ["GIVEN/steps.json", "steps_per_print is 'x'"]),
     (["--sync", "easgd", "--sync-settings", "alpha=x"], ["alpha is 'x'"]),
     (["--data-pth", "GIVEN"], ["GIVEN/digits/train.beton", "bytes instead of"]),
+    (["--data-pth", "GIVEN/other"], ["GIVEN/other/digits/val.beton is there already", "--force`"]),
     (["--total-batch-size", "4096"], ["total_batch_size is 4096", "1438 images"]),
     (["--resolution", "7"], ["model simplevit-digits", "7"]),
     (["--resume-pth", "GIVEN/none"], ["resume_pth", "GIVEN/none", "not there"]),
@@ -70,6 +71,8 @@ def given(data: Path, tmp_path: Path) -> Path:
     (folder / "hosts").write_text("node1 slots=0\n")
     (folder / "steps.json").write_text('{"steps_per_print": "x"}')
     (folder / "weights.pt").write_bytes(pickle.dumps({"weights": print}))
+    (folder / "other" / "digits").mkdir(parents=True)
+    (folder / "other" / "digits" / "val.beton").write_text("mine")
     (folder / "digits").mkdir()
     for file in (data / "digits").iterdir():
         content = file.read_bytes()

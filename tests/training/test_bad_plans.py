@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.refusals import check, numbered, told, untouched
-from training import checks
+from training import checks, hostfile
 from training.plan.plan import plan
 from training.settings import load
+from training.values import shortened
 
 HOSTFILES: list[tuple[bytes | None, list[str]]] = [
     (None, ["No such file"]),
@@ -29,6 +30,9 @@ HOSTFILES: list[tuple[bytes | None, list[str]]] = [
     (b"node1 slots=" + b"9" * 5000, ["'node1 slots=999"]),
     (b"node1 slots=\xd9\xa1\n", ["node1 slots="]),
     (b"\x00\x01 slots=2\x02\n", ["\\x02"]),
+    (b"\xef\xbb\xbfnode1 slots=2\n", ["byte order mark"]),
+    (b"node1 slots=2\x0bnode2 slots=2\n", ["node1 slots=2"]),
+    (b"node1 slots=2\n-oProxyCommand=touch$IFS/tmp/x slots=1\n", ["'-oProxyCommand=touch$IFS"]),
     (b"\xff\xfe\n", ["UTF-8"]),
 ]
 
@@ -40,6 +44,34 @@ def test_a_hostfile(tmp_path: Path, content: bytes | None, parts: list[str]) -> 
         path.write_bytes(content)
     with untouched(tmp_path):
         check([str(path), *parts], told(plan, ["--plan", "--plan-hostfile", str(path)]))
+
+
+NO_HOSTS = [
+    "-oProxyCommand=x", "-x", "x-", "$(touch", "$(x)", "`x`", "a;id", "a|b", "a&b", "a,b", "a=b",
+    "a/b", "a\\b", "'a'", '"a"', "a*", "~a", "[1-9]", "node[1-2]", "a:22", "a..b", ".a", "a.",
+    "-o@a", "a@", "@a", "a@b@c", "$x@a", "1.2.3.4.5", "999.1.1.1", "::g", "fe80::1%$(x)",
+    "\N{LATIN SMALL LETTER U WITH DIAERESIS}", "a" * 64, ".".join(["a" * 63] * 4), "^file",
+]  # fmt: skip
+HOSTS = [
+    "localhost", "node1", "NODE-1", "gpu_1", "a.b.c", "node1.example.org", "10.0.0.1", "7node",
+    "::1", "fe80::1", "user@node1", "first.last@10.0.0.1", "cafe", "a" * 63,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_HOSTS)
+def test_what_is_no_host(tmp_path: Path, name: str) -> None:
+    """ssh could take it for an option, and a shell for a command."""
+    path = tmp_path / "hosts"
+    path.write_text(f"{name} slots=1\n", encoding="utf-8")
+    line = told(hostfile.slots, str(path))
+    check([str(path), shortened(name), "neither a host's name"], line)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_what_is_a_host(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(f"{name} slots=1\r\n# node2 slots=2\nlast slots=02 # GPUs\n")
+    assert hostfile.slots(str(path)) == {name: 1, "last": 2}
 
 
 PLANS: list[tuple[str, list[str]]] = [

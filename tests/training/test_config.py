@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training import config, settings
+from localopt.period import PERIODS
+from localopt.sync import RULES
+from training import config, named, settings
 from training.settings import load
 from training.values import ROOT, ConfigError
 
@@ -248,6 +250,25 @@ def test_help_lists_every_setting(capsys) -> None:
         assert explained in unbroken, f.name
     for words in ("base settings (default", "this host's paths (default", "accepted, always on"):
         assert "".join(words.split()) in unbroken, words
+
+
+def test_help_lists_the_settings_of_every_rule_and_period(capsys) -> None:
+    """By name, type and default, of what `--sync-settings` and `--period-settings` take."""
+    with pytest.raises(SystemExit):
+        load(["--help"])
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 100
+    blocks = dict(re.findall(r"^  (\w[\w-]*) {2,}(.*(?:\n {16}.*)*)", told, re.MULTILINE))
+    for name, make in RULES.items():
+        mine = [name for name in named.parameters(make) if name != "outer"]  # no text can be one
+        assert re.findall(r"(\w+) \(", blocks[name]) == mine
+    assert all(re.findall(r"(\w+) \(", blocks[name]) == ["warmup_h"] for name in PERIODS)
+    for part in (
+        "beta (float, needed)", "group_size (int, needed)", "lr (float, 0.7)",
+        "state_fields (Sequence[str], ())", "compress (str, None)", "warmup_h (int, None)",
+        "cocod         none",
+    ):  # fmt: skip
+        assert part in told, part
 
 
 def test_deepspeeds_own_flags_are_taken() -> None:

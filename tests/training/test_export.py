@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -14,12 +15,18 @@ import torch
 import yaml
 from torch import nn
 
+from data.loaders import ValData
 from localopt import EASGD, Average, Constant, LocalOptimizer, Rule
+from localopt.collective import Collective
 from localopt.saved import own_state
+from tests.support.program import start
 from training import models
 from training.checkpoint import files as checkpoint
+from training.evaluate import Evaluation, evaluate
 from training.export import main
 from training.methods import Ema
+
+from .runs import SHORT
 
 models.allow_torchvision_without_cuda()
 
@@ -146,7 +153,7 @@ def test_torchvision_loads_a_resnet(tmp_path: Path, capsys: pytest.CaptureFixtur
     for part in (
         f"consensus of 2 replicas after step {STEP}", "resnet18, 7 classes, 64 x 64 pixels",
         "11,180,103 parameters", "torchvision.models.resnet18(num_classes=7)",
-        "BatchNorm statistics are means",
+        "BatchNorm statistics are means", "not evaluated after this step",
     ):  # fmt: skip
         assert part in line
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
@@ -173,7 +180,7 @@ def test_vit_pytorch_loads_a_simplevit_from_a_run(
     contents = {"name": "digits", "settings": {}, "classes": [], "files": {}}
     text = json.dumps({**contents, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
     (data / "dataset.json").write_text(text)
-    line = exported(capsys, run)
+    line = exported(capsys, run, "--force")
     assert line.startswith(f"simplevit-digits-step-000000{STEP}.pt: ")
     assert "normalised with mean [0.1, 0.2, 0.3] and std [0.4, 0.5, 0.6]" in line
     assert "SimpleViT(image_size=16, num_classes=7" in line and "BatchNorm" not in line
@@ -199,8 +206,10 @@ def test_the_centre_is_exported_not_the_mean(
     for name, z in centre.items():
         assert torch.equal(weights[name], ((z.double() + other[name].double()) / 2).float())
     part = checkpoint_of(tmp_path / "part", EASGD, sync="easgd", save_opt=False)
-    assert "save_opt: false" in refused(capsys, out, part)
-    assert exported(capsys, checkpoint_of(tmp_path / "average", save_opt=False), "--out", out)
+    assert "save_opt: false" in refused(capsys, out, part, "--force")
+    folder = checkpoint_of(tmp_path / "average", save_opt=False)
+    assert "is there already" in refused(capsys, out, folder)
+    assert exported(capsys, folder, "--out", out, "--force")
 
 
 def test_the_moving_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +222,45 @@ def test_the_moving_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert average.keys() == weights.keys()
     assert all(torch.equal(x, weights[name]) for name, x in average.items())
     assert not torch.equal(weights["8.bias"], mean(folder)["8.bias"])
-    assert "no moving average" in refused(capsys, out, checkpoint_of(tmp_path / "no"), "--ema")
+    without = checkpoint_of(tmp_path / "no")
+    assert "no moving average" in refused(capsys, tmp_path / "no.pt", without, "--ema")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_was_evaluated_is_exported(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], world_size: int
+) -> None:
+    """Evaluated again it has the recorded loss and accuracy; of other steps that is not said."""
+    flags = (
+        "--recipe-pth", "recipe/digits-resnet-localsgd-qsr.yml", "--data-pth", data,
+        "--log-pth", str(tmp_path / "runs"), *SHORT, "--save-steps", "5", "--ema", "0.5",
+    )  # fmt: skip
+    outcome = start(*flags, world_size=world_size)
+    assert set(outcome.codes) == {0}, outcome.errors
+    (last,) = [r for r in outcome.records if (r["kind"], r["step"]) == ("val", 12)]
+    for key, flag in (("", ()), ("ema_", ("--ema",))):
+        out = tmp_path / f"{key}weights.pt"
+        line = exported(capsys, outcome.folder, "--out", out, *flag)
+        assert f"; top-1 {last[f'{key}top1']:.2%} of 359 validation images" in line
+        assert "BatchNorm" not in line and "not evaluated" not in line
+        model = models.build("resnet-digits", classes=10, resolution=32, seed=1)
+        model.load_state_dict(torch.load(out, weights_only=True))
+        told = evaluated(model, Path(data) / "digits")
+        assert told.loss == pytest.approx(last[f"{key}loss"], rel=1e-5)
+        assert (told.top1, told.images) == (last[f"{key}top1"], 359)
+    folder = checkpoint.folder_of(outcome.folder / "checkpoints", 10)
+    line = exported(capsys, folder, "--out", tmp_path / "middle.pt")
+    assert "not evaluated after this step: its accuracy is not known" in line
+    kept = "means of the replicas' own" if world_size > 1 else "those of training"
+    assert f"BatchNorm statistics are {kept}" in line
+
+
+def evaluated(model: nn.Module, data: Path) -> Evaluation:
+    """As any program would, with the images of one process."""
+    beton = data / "val.beton"
+    images = ValData(beton, batch=100, rank=0, world_size=1, resolution=32, crop_ratio=1.0)
+    return evaluate(model, images, Collective(), contextlib.nullcontext)
 
 
 @pytest.mark.slow
@@ -245,7 +292,8 @@ def test_what_cannot_be_exported_is_one_line(
     assert "not there" in refused(capsys, out, tmp_path / "nowhere")
     assert "--sideways" in refused(capsys, out, folder, "--sideways")
     assert "cannot be written" in refused(capsys, tmp_path / "nowhere" / "w.pt", folder)
-    assert "cannot be written" in refused(capsys, out.parent, folder)
+    assert "is there already" in refused(capsys, out.parent, folder)
+    assert "cannot be written" in refused(capsys, out.parent, folder, "--force")
 
     whole = second.read_bytes()
     second.write_bytes(whole[:-9] + b"\0" + whole[-8:])

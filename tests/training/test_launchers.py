@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -71,13 +72,15 @@ def test_one_replica_needs_no_launcher(flags) -> None:
     assert "1 replica\n" in outcome.outputs[0]
 
 
-def deepspeed(hostfile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def deepspeed(
+    hostfile: Path, *own: str, main: tuple[str, ...]
+) -> subprocess.CompletedProcess[str]:
     """The command that the README names, on this host alone."""
     port = str(free_port())
     launcher = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", str(hostfile), "--no_ssh_check"]
     address = ["--master_addr", "127.0.0.1", "--master_port", port]
     return subprocess.run(
-        [*launcher, *address, "main.py", *flags],
+        [*launcher, *address, *own, "main.py", *main],
         cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
@@ -85,17 +88,62 @@ def deepspeed(hostfile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 @slow
 @pytest.mark.long
 def test_deepspeeds_launcher_starts_it(flags) -> None:
-    done = deepspeed(ROOT / "hostfile", *flags)
+    done = deepspeed(ROOT / "hostfile", main=flags)
     assert done.returncode == 0, done.stderr
     assert "2 replicas" in done.stdout
 
 
 @slow
 def test_a_missing_hostfile_is_named_where_deepspeed_would_train_on_one_process(flags) -> None:
-    done = deepspeed(Path("/no/hostfile"), *flags)
+    done = deepspeed(Path("/no/hostfile"), main=flags)
     assert done.returncode != 0
     (line,) = [row for row in done.stderr.splitlines() if row.startswith("main.py:")]
     assert "hostfile /no/hostfile is missing" in line
+
+
+@slow
+def test_a_hostfile_that_deepspeed_takes_and_we_do_not_is_named(flags, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("local,host slots=1\n")
+    done = deepspeed(hostfile, "--no_ssh", "--node_rank", "0", main=flags)
+    assert done.returncode != 0
+    (line,) = [row for row in done.stderr.splitlines() if row.startswith("main.py:")]
+    assert f"hostfile {hostfile}: 'local,host slots=1'" in line and "Traceback" not in line
+    assert not (tmp_path / "runs").exists()
+
+
+@slow
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("-oProxyCommand=touch$IFS{0} slots=1\nlocalhost slots=1\n", "-oProxyCommand=touch"),
+        ("localhost slots=1\n$(touch${{IFS}}{0}) slots=1\n", "$(touch"),
+        ("a;touch${{IFS}}{0} slots=1\n", "a;touch"),
+        ("a,b slots=1\n", "'a,b'"),
+        ("localhost slots=abc\n", "'localhost slots=abc'"),
+        ("\ufefflocalhost slots=2\n", "byte order mark"),
+    ],
+    ids=["option", "substitution", "command", "list", "slots", "mark"],
+)
+def test_run_sh_starts_nothing_on_what_is_no_host(
+    flags, tmp_path: Path, content: str, part: str
+) -> None:
+    """ssh is not even called with it."""
+    touched, hostfile, called = (tmp_path / name for name in ("touched", "hosts", "called"))
+    hostfile.write_text(content.format(touched), encoding="utf-8")
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(f'#!/bin/sh\necho "$@" >>{called}\nexec sh -c "$2"\n')
+    ssh.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "run-scripts/run.sh", "recipe/digits-resnet-sgd.yml", *flags],
+        env=os.environ | {"HOSTFILE": str(hostfile), "PATH": f"{ssh.parent}:{os.environ['PATH']}"},
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"run.sh: hostfile {hostfile}: ") and part in line
+    assert not touched.exists() and not called.exists() and not (tmp_path / "runs").exists()
 
 
 @slow

@@ -472,7 +472,7 @@ def test_what_a_runs_files_name_is_never_imported(
     assert report_main([*map(str, folders), "--out", str(tmp_path / "report")]) == 0
     assert "hostile:Rule" in (tmp_path / "report/report.html").read_text()
     for folder in folders:
-        assert export.main([str(folder), "--out", str(tmp_path / "weights.pt")]) == 0
+        assert export.main([str(folder), "--out", str(tmp_path / f"{folder.name}.pt")]) == 0
     assert not mark.exists() and "hostile" not in sys.modules
 
     assert load(["--sync", "hostile:Rule"]).sync == "hostile:Rule"

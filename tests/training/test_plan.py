@@ -259,6 +259,16 @@ def test_the_data_set_is_measured_or_known_or_given(tmp_path: Path) -> None:
     )
     made = planned(flowers)
     assert (made.images, made.source) == (99, "dataset.json")
+    small = description.read_text().replace("flowers", "imagenet")
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet" / "dataset.json").write_text(small)
+    flags = f"--data-pth {tmp_path} --data imagenet --resolution 32"
+    told = " ".join(report(planned(flags)).split())
+    assert "99 training images (dataset.json; of 1,281,167 as published: --plan-images 1281" in told
+    told = report(planned(f"{flags} --plan-images 1281167"))
+    assert "1,281,167 training images (--plan-images)" in told
+    line = complaint(f"--plan {flags} --total-batch-size 128")
+    assert "imagenet has 99 images (dataset.json; of 1,281,167" in line and "--plan-images" in line
     description.write_text("{")
     assert "cannot be read" in complaint(f"--plan --data-pth {tmp_path} --data flowers")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.patience import PATIENCE
+from tests.support.program import ROOT
 from training.report import charts, draw
 from training.report.command import PAGE, main
 from training.report.page import page as page_of
@@ -258,7 +264,101 @@ def test_metrics_alone_are_enough(tmp_path: Path) -> None:
     assert row["run"] == "digits-1|2 replicas"
     assert row["rule"] == row["period"] == "–" and row["H"] == "4–20"
     (tmp_path / "digits-1" / "config.yml").write_text("optimizer: [unclosed")
-    assert rows(tmp_path / "digits-1") == [row]
+    (broken,) = rows(tmp_path / "digits-1")
+    assert broken["run"].startswith(f"{row['run']}|config.yml left out: not valid YAML in line 1")
+    assert broken | {"run": row["run"]} == row
+
+
+DEEP = "[" * 5_000 + "]" * 5_000
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, after in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (f"{BOMB}model: *i\n", "alias *a"),
+        (f"model: {DEEP}\n", "not valid YAML"),
+        (f"model: {'[' * 90}{']' * 90}\ndata: digits\noptimizer: {{a: [1]}}\n", ""),
+        ("model: !!bool x\n", "not valid YAML"),
+        ("model: 2020-13-45\n", "not valid YAML"),
+        (f"alpha: {'1' * 5_000}\n", "not valid YAML"),
+        (f"alpha: {'1' * 400}\nh_base: 1e999\noptimizer: localsgd\nperiod: qsr\n", ""),
+        ("model: 1\nmodel: 2\n", "twice"),
+        ("text\n", "no `key: value` lines"),
+        ('model: "\\ud800"\ndata: "a\\0b\\nc"\noptimizer: "\\udfff"\n', ""),
+        (f"model: {'x' * 9_999}\ndata: y\noptimizer: {'z' * 9_999}\n", ""),
+    ],
+    ids=[
+        "bomb", "deep", "nested", "tag", "date", "integer", "large", "twice", "text", "surrogates",
+        "long",
+    ],
+)  # fmt: skip
+def test_a_hostile_config(tmp_path: Path, content: str, told: str) -> None:
+    """It is shown as far as it can be, and otherwise left out with a note."""
+    folder = run(tmp_path / "first", whole())
+    (folder / "config.yml").write_text(content)
+    (row,) = rows(folder)
+    note = row["run"].split("|")[-1]
+    assert note.startswith("config.yml left out: ") == bool(told) and told in note
+    assert row["accuracy, %"] == "90.00" and all(len(cell) < 1300 for cell in row.values())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", ["1e308", "1e39", "-1e39", "1e-308", "9" * 400])
+def test_hostile_numbers(tmp_path: Path, number: str) -> None:
+    """Those that no run could record are taken for none."""
+    text = json.dumps(val(80, drift=1))
+    for key in ("step", "epoch", "loss", "top1", "h", "syncs", "bytes", "seconds", "drift"):
+        text += "\n" + re.sub(rf'"{key}": [\d.]+', f'"{key}": {number}', json.dumps(val(40)))
+        text += "\n" + re.sub(rf'"{key}": [\d.]+', f'"{key}": {number}', json.dumps(train(60)))
+    text += "\n" + re.sub(r'(?<!"step"): [\d.]+', f": {number}", json.dumps(summary(80)))
+    folder = run(tmp_path / "first", f"{text}\n", None)
+    page = Page(page_of(read([folder]), charts.sections(read([folder]))))
+    assert len(page.rows) == 1 and not re.search(r"\b(nan|inf)\b", str(page.rows))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["fifo", "device", "deep", "surrogates", "large"])
+@pytest.mark.parametrize("name", ["config.yml", "summary.json", "preempted", "metrics.jsonl"])
+def test_hostile_files(
+    tmp_path: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None is waited for, or read without an end; without metrics there is no report."""
+    folder = run(tmp_path / "first", whole()[:-1])
+    file, before = folder / name, (folder / "metrics.jsonl").read_text()
+    file.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "large":
+        with file.open("w") as sparse:
+            sparse.truncate(2**40)
+    else:
+        value = '"\\ud800"' if kind == "surrogates" else DEEP
+        line = f'{{"kind": {value}, "step": 3, "reason": {value}, "top1": {value}}}\n'
+        file.write_text(line + before if name == "metrics.jsonl" else line)
+    if name == "metrics.jsonl" and kind in ("fifo", "device", "large"):
+        line = refused(capsys, folder, "--out", tmp_path / "out")
+        assert str(folder) in line and not (tmp_path / "out").exists()
+    else:
+        (row,) = rows(folder)
+        assert row["steps"] == ("3" if name == "summary.json" and kind == "surrogates" else "80")
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """Told by a process, whose output has an encoding."""
+    folder = run(tmp_path / os.fsdecode(b"run-\xff"), whole()[:2], None)
+    (folder / "config.yml").write_text('model: "\\ud800"\ndata: "\\ud800"\noptimizer: "\\udfff"\n')
+    (folder / "preempted").write_text('{"reason": "\\ud800"}')
+    command = [sys.executable, "-m", "training.report", folder]
+    ended = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=PATIENCE)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"run-" in ended.stdout and (folder / "report" / PAGE).is_file()
 
 
 @pytest.mark.parametrize(
@@ -405,6 +505,24 @@ def test_it_is_written_whole_or_not_at_all(
     monkeypatch.undo()
     reported(out, good)
     assert {path.name for path in out.iterdir()} == set(before) - {"hidden.png"}
+
+
+def test_other_files_of_its_names_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, out = run(tmp_path / "good", whole()), tmp_path / "out"
+    for name in ("lr.png", PAGE):
+        out.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        line = refused(capsys, good, "--out", out)
+        assert f"{out / name} is there already" in line and "--force" in line
+        assert [path.name for path in out.iterdir()] == [name]
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    (out / "lr.png").write_text("mine")
+    assert main([str(good), "--out", str(out), "--force"]) == 0
+    reported(out, good)
+    assert (out / "lr.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_its_place_is_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

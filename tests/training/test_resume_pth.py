@@ -57,6 +57,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str, 
     )
     whole = start(*given, "--save-freq", "1")
     assert whole.codes == [0, 0], whole.errors
+    slow = ["precision is fp16, which a CPU computes" in told for told in whole.errors]
+    assert slow == ["fp16" in extra, False]
     resumed = start(*given, "--resume-pth", str(whole.folder / "checkpoints/step-00000006"))
     assert resumed.codes == [0, 0], resumed.errors
     for rank in (0, 1):

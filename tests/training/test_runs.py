@@ -32,7 +32,7 @@ def test_a_recipe_trains_evaluates_and_leaves_a_folder(flags, recipe: Path) -> N
     outcome = start("--recipe-pth", str(recipe), *flags)
     assert outcome.codes == [0, 0], outcome.errors
     folder, records = outcome.folder, outcome.records
-    assert "test accuracy (consensus)" in outcome.outputs[0]
+    assert "validation accuracy (consensus)" in outcome.outputs[0]
     assert outcome.outputs[1] == ""  # only rank 0 speaks
     for name in ("config.yml", "environment.json", "summary.json"):
         assert (folder / name).stat().st_size > 0

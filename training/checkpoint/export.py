@@ -1,20 +1,21 @@
 """The weights of a checkpoint for other programs.
 
-The file holds a plain state_dict of what the replicas agree on, and nothing of localopt's.
+The file holds a plain state_dict of what the replicas agree on, and nothing of localopt's. Where
+the run evaluated it at this step, its BatchNorm statistics are those that it was evaluated with.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from data.dataset import DESCRIPTION, DataError, Dataset
+from data.dataset import DESCRIPTION, DataError, Dataset, regular
 from localopt.merge import merged
 from localopt.saved import KEY, own_state
 from localopt.sync import RULES
@@ -22,6 +23,7 @@ from localopt.sync import RULES
 from .. import models
 from ..config import DEFAULTS
 from ..evaluate import has_batch_norm
+from ..settings import from_yaml
 from ..values import ConfigError, absolute
 from . import files
 from .files import MANIFEST, CheckpointError
@@ -43,6 +45,8 @@ class Exported:
     step: int  # with which the moving average ends, if it is exported
     average: bool  # whether it is the moving average
     normalised: tuple[list[float], list[float]] | None  # images' mean and deviation, where known
+    top1: tuple[float, int] | None  # on so many validation images, where it was evaluated
+    evaluated: bool  # whether BatchNorm statistics are those of an evaluation
 
     def __str__(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
@@ -58,38 +62,50 @@ class Exported:
         if self.normalised:
             mean, std = self.normalised
             lines.append(f"images in [0, 1] are normalised with mean {mean} and std {std}")
-        if has_batch_norm(self.model) and self.replicas > 1:
+        if self.top1:
+            lines.append(f"top-1 {self.top1[0]:.2%} of {self.top1[1]:,} validation images")
+        else:
+            lines.append("not evaluated after this step: its accuracy is not known")
+        if has_batch_norm(self.model) and not self.evaluated:
+            kept = "means of the replicas' own" if self.replicas > 1 else "those of training"
             lines.append(
-                "BatchNorm statistics are means of the replicas' own: better re-estimate them over "
-                "training images"
+                f"BatchNorm statistics are {kept}, not those of an evaluation: re-estimate them "
+                "over training images"
             )
         return "; ".join(lines)
 
 
-def export(path: Path, out: Path | None = None, *, ema: bool = False) -> Exported:
+def export(
+    path: Path, out: Path | None = None, *, ema: bool = False, force: bool = False
+) -> Exported:
     """Write the weights of a checkpoint as a plain state_dict.
 
     Args:
         path: a checkpoint's folder, or a run's, of which the newest is taken.
         out: the file; None: one named after model and step, in the working directory.
         ema: the moving average instead of the consensus.
+        force: write over a file that is there.
 
     Raises:
         CheckpointError: if the checkpoint is not whole.
-        ExportError: if it has no such weights, or the file cannot be written.
+        ExportError: if it has no such weights, or the file is there or cannot be written.
     """
     folder = _checkpoint(path)
     manifest = files.manifest(folder)
     settings = {**DEFAULTS, **manifest["config"]}
     step, average = manifest["step"], "-ema" if ema else ""
-    weights, averaged_to = _weights(folder, manifest, settings, ema)
-    model, classes = _filled(folder, settings, weights)
     out = out or Path(f"{settings['model']}-step-{step:08d}{average}.pt")
+    if os.path.lexists(out) and not force:
+        raise ExportError(f"{out} is there already: choose another --out, or --force to write it")
+    weights, averaged_to = _weights(folder, manifest, settings, ema)
+    top1, statistics = _evaluation(files.rank_state(folder, manifest, 0), step, ema)
+    model, classes = _filled(folder, settings, weights | statistics)
     _write(out, {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
     return Exported(
         file=out, settings=settings, model=model, classes=classes,
         replicas=manifest["world_size"], step=averaged_to if ema else step, average=ema,
         normalised=_normalised(folder.parent.parent),
+        top1=top1, evaluated=bool(statistics),
     )  # fmt: skip
 
 
@@ -132,6 +148,18 @@ def _weights(
         raise
     except ValueError as error:
         raise ExportError(f"{folder}: {error}") from None
+
+
+def _evaluation(
+    content: Mapping[str, Any], step: int, ema: bool
+) -> tuple[tuple[float, int] | None, dict[str, Tensor]]:
+    """Of the evaluation after ``step`` steps, if there was one: accuracy and statistics."""
+    recorder = content.get("recorder", {})
+    found = recorder.get("evaluation", {}) if recorder.get("evaluated_at") == step else {}
+    key = "ema_top1" if ema else "top1"
+    top1 = (found[key], found["images"]) if key in found else None
+    # Checkpoints of old have none.
+    return top1, content.get("statistics", {}).get("ema" if ema else "model", {})
 
 
 def _consensus_state(
@@ -182,9 +210,9 @@ def _home(settings: Mapping[str, Any], classes: int) -> str:
 def _normalised(run: Path) -> tuple[list[float], list[float]] | None:
     """What the run's images were normalised with, where the run's folder and the data are here."""
     try:
-        config = yaml.safe_load((run / "config.yml").read_text(encoding="utf-8"))
+        config = from_yaml(regular(run / "config.yml", 2**20).decode())
         dataset = Dataset.load(absolute(config["data_pth"]) / config["data"] / DESCRIPTION)
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, DataError):
+    except (OSError, ValueError, TypeError, KeyError, DataError):
         return None
     return dataset.mean, dataset.std
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from threading import Thread
@@ -22,6 +22,7 @@ from localopt.faults import control
 from ..config import PER_HOST, Config
 from ..distributed import PATIENCE
 from ..engine import ReplicaOptimizer
+from ..evaluate import Statistics
 from . import files
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Stateful(Protocol):
 class State:
     """All that changes in training on one rank; ``scaler`` and ``ema`` where the run has them.
 
-    ``centre`` says whether the consensus is kept in the optimizer's state.
+    ``centre`` says whether the consensus is kept in the optimizer's state; ``statistics`` are those
+    of the models evaluated last.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class State:
     centre: bool = False
     scaler: Stateful | None = None
     ema: Ema | None = None
+    statistics: Statistics = field(default_factory=Statistics)
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -112,6 +115,8 @@ class Saver:
             "rng": torch.get_rng_state(),
             "recorder": recorder.state_dict(),
         }
+        if evaluated := state.statistics.after(step):
+            saved["statistics"] = evaluated
         if torch.accelerator.is_available():
             saved["cuda_rng"] = torch.get_device_module().get_rng_state()  # of any accelerator
         if self._config.save_opt:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..settings import DEFAULT_RECIPE, Parser, text_of
-from ..values import ConfigError, absolute, checked_path, shortened
+from .. import hostfile
+from ..settings import DEFAULT_RECIPE, Parser
+from ..values import ConfigError, checked_path
 
 
 def _flag(kind: Any, default: Any, text: str) -> Any:
@@ -97,7 +97,7 @@ def nodes_of(options: Options) -> list[int]:
     """The node of each rank, as a launcher that goes host by host numbers them."""
     slots: list[int] = []
     if options.nodes is None or options.gpus is None:
-        slots = slots_of(options.hostfile)
+        slots = _slots(options.hostfile)
     if options.gpus is None and options.nodes is not None and len(set(slots)) > 1:
         raise ConfigError(
             f"--plan-nodes is {options.nodes}, but the hosts of {options.hostfile} differ in their "
@@ -105,36 +105,18 @@ def nodes_of(options: Options) -> list[int]:
         )
     if options.gpus is not None or options.nodes is not None:
         gpus, nodes = options.gpus or slots[0], options.nodes or len(slots)
-        if gpus * nodes > _MOST:
+        if gpus * nodes > hostfile.MOST:
             raise ConfigError(
-                f"--plan-nodes is {nodes} and --plan-gpus {gpus}: more than {_MOST} replicas"
+                f"--plan-nodes is {nodes} and --plan-gpus {gpus}: more than {hostfile.MOST} "
+                "replicas"
             )
         slots = [gpus] * nodes
     return [node for node, count in enumerate(slots) for _ in range(count)]
 
 
-_MOST = 100_000  # replicas: a plan goes through all of them
-
-
-def slots_of(hostfile: str) -> list[int]:
-    """The slots of each host in DeepSpeed's host file; ConfigError where it is none."""
-    path = absolute(hostfile)
+def _slots(path: str) -> list[int]:
+    """The slots of each host in DeepSpeed's hostfile; ConfigError where it is none."""
     try:
-        lines = text_of(path).splitlines()
+        return list(hostfile.slots(path).values())
     except ConfigError as error:
-        raise ConfigError(f"hostfile {path}: {error}; give --plan-nodes and --plan-gpus") from None
-    slots: dict[str, int] = {}
-    for line in lines:
-        line = line.partition("#")[0].strip()
-        found = re.fullmatch(r"(\S+)\s+slots=0*([1-9]\d{0,5})", line, re.ASCII)
-        if line and found is None:
-            raise ConfigError(f"hostfile {path}: {shortened(line)} is not like `node1 slots=8`")
-        if found and found[1] in slots:
-            raise ConfigError(f"hostfile {path}: {shortened(line)} names {found[1]} a second time")
-        if found:
-            slots[found[1]] = int(found[2])
-    if not slots:
-        raise ConfigError(f"hostfile {path}: it lists no host; give --plan-nodes and --plan-gpus")
-    if sum(slots.values()) > _MOST:
-        raise ConfigError(f"hostfile {path}: {sum(slots.values())} slots, more than {_MOST}")
-    return list(slots.values())
+        raise ConfigError(f"{error}; or give --plan-nodes and --plan-gpus") from None

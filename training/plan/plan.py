@@ -82,7 +82,11 @@ def plan(argv: Sequence[str]) -> Plan:
     nodes = nodes_of(options)
     config = checks.with_fitting_batches(config, len(nodes))
     data, source = _data_set(config, options)
-    steps_per_epoch = checks.steps_per_epoch(config, data.images)
+    try:
+        steps_per_epoch = checks.steps_per_epoch(config, data.images)
+    except ConfigError as error:
+        told = f"{error} ({source}); --plan-images plans with another number"
+        raise ConfigError(told) from None
     schedule = Schedule.of(config, steps_per_epoch)
     if schedule.total_steps > _MOST_STEPS:
         raise ConfigError(
@@ -120,7 +124,12 @@ def _data_set(config: Config, options: Options) -> tuple[Known, str]:
             f"data is {config.data!r}: {path} is missing and the name is not known; give "
             "--plan-images and --plan-classes"
         )
-    source = "--plan-images" if options.images else source
+    published = sources.known(config.data)
+    if options.images:
+        source = "--plan-images"
+    elif published and images != published.images:
+        all_images = published.images
+        source += f"; of {all_images:,} as published: --plan-images {all_images} plans with all"
     return Known(config.data, images, classes, found and found.resolution), source
 
 

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..values import shortened
+
 Settings = Mapping[str, Any]
 
 _OPTIMIZERS = {
@@ -17,6 +19,18 @@ _SURROUNDINGS = {
     "data_pth", "log_pth", "local_rank", "nw", "resume", "resume_pth", "loggers", "wandb", "device",
 }  # fmt: skip
 _AT_MOST = 2  # settings added to a label
+_LONGEST = 300  # characters of anything that is shown
+
+
+def shown(text: str) -> str:
+    """``text`` as a page can hold it: not too long, no control characters, no half characters."""
+    cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in cut)
+
+
+def in_words(value: Any) -> str:
+    """What a run has left under a name, whatever it is, in a few words."""
+    return str(value) if isinstance(value, (str, float, bool)) else shortened(value)
 
 
 def labels(runs: Sequence[tuple[str, Settings]]) -> list[str]:
@@ -24,7 +38,7 @@ def labels(runs: Sequence[tuple[str, Settings]]) -> list[str]:
     method = [_method(settings) or name for name, settings in runs]
     differing = [_differing([s for _, s in runs], method, label) for label in method]
     longer = [
-        ", ".join([label, *(f"{key} {runs[at][1].get(key, '–')}" for key in differing[at])])
+        ", ".join([label, *_items({key: runs[at][1].get(key, "–") for key in differing[at]})])
         for at, label in enumerate(method)
     ]
     count = Counter(longer)
@@ -41,9 +55,7 @@ def rule(settings: Settings) -> str:
     if not _local(settings):
         return "data-parallel"
     given = settings.get("sync_settings")
-    given = given if isinstance(given, dict) else {}
-    words = [str(settings.get("sync", "average")), *(f"{k} {v}" for k, v in given.items())]
-    return ", ".join(words)
+    return ", ".join([in_words(settings.get("sync", "average")), *_items(given)])
 
 
 def period(settings: Settings) -> str:
@@ -52,24 +64,29 @@ def period(settings: Settings) -> str:
         return "–"
     if not _local(settings):
         return "every step"
-    kind, alpha, base = (settings.get(key, "?") for key in ("period", "alpha", "h_base"))
-    switch = settings.get("switch_step", "?")
+    names = ("period", "alpha", "h_base", "power", "switch_step")
+    kind, alpha, base, power, switch = (in_words(settings.get(key, "?")) for key in names)
     given = settings.get("period_settings")
-    further = [f"{k} {v}" for k, v in given.items()] if isinstance(given, dict) else []
-    words = {
+    first = {
         "qsr": f"QSR, α {alpha}, H ≥ {base}",
-        "power": f"power {settings.get('power', '?')}, α {alpha}, H ≥ {base}",
+        "power": f"power {power}, α {alpha}, H ≥ {base}",
         "constant": f"H = {base}",
         "post-local": f"H = {base} from step {switch}",
         "swap": f"SWAP from step {switch}",
-    }.get(str(kind), str(kind))
-    return ", ".join([words, *further])
+    }.get(kind, kind)
+    return ", ".join([first, *_items(given)])
+
+
+def _items(given: Any) -> list[str]:
+    """A rule's or a period's own settings."""
+    items = given.items() if isinstance(given, dict) else ()
+    return [f"{in_words(key)} {in_words(value)}" for key, value in items]
 
 
 def subject(settings: Settings) -> str:
     """What is trained on what."""
     model, data = settings.get("model"), settings.get("data")
-    return f"{model} on {data}" if model and data else ""
+    return f"{in_words(model)} on {in_words(data)}" if model and data else ""
 
 
 def different_data(runs: Sequence[Settings]) -> str:
@@ -86,15 +103,15 @@ def different_data(runs: Sequence[Settings]) -> str:
 
 
 def _local(settings: Settings) -> bool:
-    return str(settings["optimizer"]).startswith("local")
+    return in_words(settings["optimizer"]).startswith("local")
 
 
 def _method(settings: Settings) -> str:
     """Optimizer, rule and period; "" where no settings are known."""
-    optimizer = str(settings.get("optimizer") or "")
+    optimizer = in_words(settings.get("optimizer") or "")
     words = [_OPTIMIZERS.get(optimizer, optimizer)]
     if optimizer and _local(settings):
-        sync, when = str(settings.get("sync", "average")), period(settings)
+        sync, when = in_words(settings.get("sync", "average")), period(settings)
         words += [sync] * (sync != "average") + [when.split(",")[0]]
     return ", ".join(words)
 

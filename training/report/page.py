@@ -137,14 +137,14 @@ def _head(at: int, run: Run, several: bool) -> str:
         run.name if run.name != run.label else "",
         *run.notes,
     ]
-    small = "".join(f"<span>{escape(words)}</span>" for words in facts if words)
+    small = "".join(f"<span>{escape(names.shown(words))}</span>" for words in facts if words)
     key = _key(at) if several else ""
     return f'<th scope="row"><div>{key}{_text(run.label)}</div>{small}</th>'
 
 
 def _text(words: str) -> str:
     """Words as HTML, what belongs together on one line."""
-    return escape(re.sub(r" ([=≥]) ", "\u00a0\\1\u00a0", words))
+    return escape(re.sub(r" ([=≥]) ", "\u00a0\\1\u00a0", names.shown(words)))
 
 
 def _section(section: Section, runs: Sequence[Run]) -> str:

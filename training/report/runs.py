@@ -10,11 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from data.dataset import regular
 
-from .names import labels
+from ..settings import from_yaml
+from ..values import ConfigError
+from .names import in_words, labels, shown
 
 METRICS = "metrics.jsonl"
+_LARGEST = 2**28  # bytes of it; three hundred epochs of ImageNet record a tenth
+_LARGEST_OTHER = 2**20  # bytes of any other file
+_MOST = 1e40  # no number that a run records is larger: float32 ends before
 Points = list[tuple[float, float]]
 
 
@@ -50,9 +55,9 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """``value`` if it is a finite number."""
+    """``value`` if it is a finite number, and none that no run could record."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if real and math.isfinite(value) else None
+    return value if real and -_MOST <= value <= _MOST else None
 
 
 def read(folders: Iterable[Path]) -> list[Run]:
@@ -64,7 +69,7 @@ def read(folders: Iterable[Path]) -> list[Run]:
     paths = list({path.resolve(): None for path in folders})
     runs = [_read(path, name) for path, name in zip(paths, shortest_names(paths), strict=True)]
     names = labels([(run.name, run.settings) for run in runs])
-    return [replace(run, label=label) for run, label in zip(runs, names, strict=True)]
+    return [replace(run, label=shown(label)) for run, label in zip(runs, names, strict=True)]
 
 
 def shortest_names(paths: Sequence[Path]) -> list[str]:
@@ -83,8 +88,9 @@ def _read(folder: Path, name: str) -> Run:
     notes = [] if summary else [_unfinished(folder, records[-1])]
     if damaged:
         notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} left out")
-    settings = _settings(folder / "config.yml")
-    return Run(name, name, settings, records, summary, notes)
+    settings, wrong = _settings(folder / "config.yml")
+    notes += [wrong] if wrong else []
+    return Run(shown(name), shown(name), settings, records, summary, notes)
 
 
 def _records(folder: Path) -> tuple[list[dict[str, Any]], int]:
@@ -95,9 +101,9 @@ def _records(folder: Path) -> tuple[list[dict[str, Any]], int]:
     if not file.is_file():
         raise ReportError(f"{folder}: not a run's folder: it has no {METRICS}")
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise ReportError(f"{file}: {error.strerror}") from None
+        lines = regular(file, _LARGEST).decode(errors="replace").split("\n")
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
     found = [_record(line) for line in lines]
     # The last line has no end yet: it is being written, or was when the run was killed.
     damaged = sum(
@@ -157,22 +163,27 @@ def _unfinished(folder: Path, last: Mapping[str, Any]) -> str:
     if marker := _text(folder / "preempted"):
         stop = _mapping(marker) or {}
         step = number(stop.get("step")) or last["step"]
-        return f"stopped at step {step:,}: {stop.get('reason', 'asked to')}"
+        return f"stopped at step {step:,}: {in_words(stop.get('reason', 'asked to'))}"
     if "loss" in last and number(last["loss"]) is None:
         return f"diverged by step {last['step']:,}"
     return f"not finished: step {last['step']:,}"
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> tuple[dict[str, Any], str]:
+    """A run's settings, and what is wrong with their file."""
     try:
-        settings = yaml.safe_load(_text(file))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+        settings = from_yaml(regular(file, _LARGEST_OTHER).decode(errors="replace"))
+        if not isinstance(settings, dict):
+            raise ConfigError("no `key: value` lines")
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError) as error:
+        return {}, f"{file.name} left out: {getattr(error, 'strerror', None) or error}"
+    return settings, ""
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return regular(file, _LARGEST_OTHER).decode(errors="replace")
+    except (OSError, ValueError):
         return ""
