@@ -160,7 +160,7 @@ def plot_point(rows: Sequence[Row], path: Path) -> None:
             capsize=4, markersize=5,
         )  # fmt: skip
     right.set_xticks(range(2), names)
-    right.set(title="test accuracy", ylabel="%", xlim=(-0.6, 1.6), ylim=(97, 100))
+    right.set(title="validation accuracy", ylabel="%", xlim=(-0.6, 1.6), ylim=(97, 100))
     for axes in (left, middle, right):
         axes.title.set_fontsize(10)
         axes.spines[["top", "right"]].set_visible(False)
