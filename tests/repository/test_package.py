@@ -88,7 +88,8 @@ def installed(package: Path, folder: Path) -> Path:
 def test_what_it_installs_runs_the_readme(kind: str, tmp_path: Path) -> None:
     package = build(kind, tmp_path, tmp_path)
     python = installed(package, tmp_path / "venv")
-    (program,) = re.findall(r"```python\n(import os\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(import os\n.*?)```", readme, re.DOTALL)
     work = tmp_path / "work"
     work.mkdir()
     (work / "train.py").write_text(f"{program}\nimport localopt\nprint(localopt.__file__)\n")
