@@ -1,13 +1,14 @@
 """Checkpoints on disk: one folder each, a file per rank, and a manifest that is written last.
 
 Replicas differ inside a round, and their optimizer states always: every rank has its own file. All
-is written below a temporary name, synced and renamed, so a folder with a manifest is whole; sizes
-and checksums in the manifest tell whether it still is.
+is written below a temporary name, synced and renamed, so a folder with a manifest is whole, after a
+power loss too; sizes and checksums in the manifest tell whether it still is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,10 +16,13 @@ import os
 import re
 import shutil
 import socket
+import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from .config import shortened
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -66,7 +70,7 @@ def write_rank(folder: Path, rank: int, content: dict[str, Any]) -> dict[str, An
     """
     path = folder / rank_file(rank)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with path.open("wb") as file:
             told = _Told(file)
             try:
@@ -123,10 +127,28 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     _sync_folder(final.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that a power loss does not take them away again.
+
+    Raises:
+        OSError: if that fails.
+    """
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+    elif not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Have the names in a folder written to the disk: a file's own sync does not do that."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise
     finally:
         os.close(descriptor)
 
@@ -178,7 +200,7 @@ def set_aside(checkpoints: Path, after: int) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a file as a whole or not at all, down to the disk."""
     # Hosts that share a disk may write the same file at the same moment.
     draft = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
@@ -187,6 +209,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+        _sync_folder(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -198,8 +221,13 @@ def lock(run: Path) -> BinaryIO | None:
 
     Returns:
         None if another process has hold of it.
+
+    Raises:
+        OSError: if there is no such file to be had.
     """
-    file = (run / "lock").open("ab")
+    # Without O_NONBLOCK a named pipe of that name would never be open.
+    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    file = os.fdopen(descriptor, "r+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -220,19 +248,83 @@ def manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: if it is missing, damaged, or of another format.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = read_text(folder / MANIFEST, _LARGEST_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         what = f"no {MANIFEST} there, so no whole checkpoint" if folder.exists() else "not there"
         raise CheckpointError(f"{folder}: {what}") from None
     except OSError as error:
         raise CheckpointError(f"{folder}: {MANIFEST}: {error.strerror}") from None
-    except ValueError:
-        raise CheckpointError(f"{folder}: {MANIFEST} is damaged") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: {MANIFEST} is not of format {FORMAT}")
-    if content.pop("sha256", None) != _digest(content):
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: {error}") from None
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{folder}: {MANIFEST} is not of format {FORMAT}")
+        told = content.pop("sha256", None)
+        whole = told == _digest(content)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: not JSON to be read") from None
+    if not whole:
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged: not what its checksum says")
+    if wrong := _misfit(content):
+        raise CheckpointError(f"{folder}: {MANIFEST} is none of this program's: {wrong}")
     return content
+
+
+_LARGEST_MANIFEST = 64 * 2**20  # of 100 bytes a rank
+
+
+def _misfit(manifest: dict[str, Any]) -> str | None:
+    """Where a manifest, whose checksum is right, says what no run of this program can have written.
+
+    What is read of it later needs no look of its own.
+    """
+    for key, least in (("step", 0), ("world_size", 1)):
+        if type(value := manifest.get(key)) is not int or not least <= value < 2**63:
+            return f"{key} is {shortened(value)}"
+    for key in ("config", "evaluation", "files"):
+        if type(value := manifest.get(key)) is not dict:
+            return f"{key} is {shortened(value)}"
+    for name, score in manifest["evaluation"].items():
+        if type(score) not in (int, float):
+            return f"evaluation.{name} is {shortened(score)}"
+    files = manifest["files"]
+    if len(files) != manifest["world_size"]:  # so that the ranks can be counted
+        return f"world_size is {manifest['world_size']}, and it names {len(files)} files"
+    for rank in range(len(files)):
+        file = files.get(rank_file(rank))
+        if type(file) is not dict or type(file.get("bytes")) is not int:
+            return f"files.{rank_file(rank)} is {shortened(file)}"
+    return None
+
+
+def read_text(path: Path, most: int) -> str:
+    """The text of a file of at most so many bytes.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is larger, or no text.
+    """
+    with opened(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return content.decode()
+
+
+def opened(path: Path) -> BinaryIO:
+    """A regular file, to be read: a named pipe would keep its reader waiting for ever.
+
+    Raises:
+        OSError: if it cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -271,7 +363,7 @@ def rank_state(folder: Path, manifest: dict[str, Any], rank: int) -> dict[str, A
     file = verify(folder, manifest, rank)
     content = read(file)
     place = {"step": manifest["step"], "rank": rank, "world_size": manifest["world_size"]}
-    if content.get("place") != place:
+    if repr(content.get("place")) != repr(place):
         raise CheckpointError(f"{folder}: {file.name} belongs to another checkpoint")
     return content
 
@@ -296,5 +388,5 @@ def read(file: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """The checksum of a file."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

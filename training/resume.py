@@ -20,7 +20,7 @@ from localopt.merge import merged
 
 from . import checkpoint
 from .checkpoint import MANIFEST, CheckpointError, sha256
-from .config import DEFAULTS, HOST_KEYS, Config, ConfigError, absolute
+from .config import DEFAULTS, HOST_KEYS, Config, ConfigError, absolute, shortened
 from .optimizers import DataParallel
 from .saver import Counting, State
 
@@ -64,11 +64,15 @@ def load_weights(path: Path, model: nn.Module) -> None:
         ConfigError: if the file is missing or damaged, or fits another model.
     """
     content = _asked("resume_pth", checkpoint.read, path)
+    _load_model(model, content.get("model", content), f"resume_pth {path}")
+
+
+def _load_model(model: nn.Module, weights: Any, where: str) -> None:
     try:
-        model.load_state_dict(content.get("model", content))
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise ConfigError(f"resume_pth {path}: weights of another model: {reason}") from None
+        raise ConfigError(f"{where}: weights of another model: {reason}") from None
 
 
 def restore(config: Config, state: State, collective: Collective, steps_per_epoch: int) -> Start:
@@ -195,14 +199,14 @@ def _restored(
         saved, mine = manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
         if saved != mine:
             raise ConfigError(
-                f"{asked} {folder}: saved with {key} {saved!r}, this run has {mine!r}"
+                f"{asked} {folder}: saved with {key} {shortened(saved)}, this run has {mine!r}"
             )
     same = manifest["world_size"] == collective.world_size
     if same:
         content = _rank_state(asked, folder, manifest, collective.rank)
     else:
         content = _for_other_replicas(asked, folder, manifest, config, collective)
-    state.model.load_state_dict(content["model"])
+    _load_model(state.model, content["model"], f"{asked} {folder}")
     _load_optimizer(state.optimizer, content["optimizer"], f"{asked} {folder}")
     for key, part in state.beside.items():
         part.load_state_dict(content[key])
@@ -219,6 +223,9 @@ def _rank_state(asked: str, folder: Path, manifest: dict[str, Any], rank: int) -
     content = _asked(asked, checkpoint.rank_state, folder, manifest, rank)
     if "optimizer" not in content:
         raise ConfigError(f"{asked} {folder}: saved without optimizer state (save_opt: false)")
+    if missing := [part for part in ("model", "recorder", "rng") if part not in content]:
+        name = checkpoint.rank_file(rank)
+        raise ConfigError(f"{asked} {folder}: {name} does not hold {', '.join(missing)}")
     return content
 
 
@@ -286,7 +293,8 @@ def _load_inner_optimizer(
         saved, mine = manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
         if str(saved).removeprefix("local") != str(mine).removeprefix("local"):
             raise ConfigError(
-                f"optimizer_resume_pth {path}: saved with {key} {saved!r}, this run has {mine!r}"
+                f"optimizer_resume_pth {path}: saved with {key} {shortened(saved)}, this run has "
+                f"{mine!r}"
             )
     if rank >= manifest["world_size"]:
         raise ConfigError(
