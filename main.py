@@ -83,8 +83,8 @@ def end(status: int, line: str) -> NoReturn:
 if __name__ == "__main__":
     try:
         if any(word.startswith("--plan") for word in sys.argv[1:]):
-            from training.plan import plan
-            from training.plan_report import report
+            from training.plan.plan import plan
+            from training.plan.report import report
 
             text = report(plan(sys.argv[1:]))
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error

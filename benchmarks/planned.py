@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from benchmarks._link import Host, capped_link, run_on, two_hosts
-from training.plan import plan
+from training.plan.plan import plan
 
 RUNS = {  # name -> flags on top of the recipe's
     "constant H = 4": ["--period", "constant", "--h-base", "4"],

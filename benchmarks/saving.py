@@ -1,8 +1,8 @@
 """How long training stands still for a checkpoint: `python -m benchmarks.saving`.
 
-A replica's state with AdamW, three times the parameters, is saved by `training.saver` while nothing
-else runs; beside it, in turn, only its copying to the host's memory, and saving it at once, without
-a thread. On a GPU the copying is what crosses the bus.
+A replica's state with AdamW, three times the parameters, is saved by `training.checkpoint.saver`
+while nothing else runs; next to it, in turn, only its copying to the host's memory, and saving it
+at once, without a thread. On a GPU the copying is what crosses the bus.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch import nn
 
 from localopt import Constant, LocalAdamW
 from localopt.collective import Collective
-from training import checkpoint, models
+from training import models
+from training.checkpoint import files as checkpoint
+from training.checkpoint.saver import Saver, State, copied
 from training.config import Config
-from training.saver import Saver, State, copied
 
 
 def measured(model: nn.Module, repeats: int) -> dict[str, list[float]]:

@@ -56,7 +56,7 @@ done
 ask='
 import os, sys
 from training.config import ConfigError, absolute, load
-from training.plan import slots_of
+from training.plan.plan import slots_of
 try:
     slots_of(sys.argv[1])
     config = load(sys.argv[2:])

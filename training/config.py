@@ -529,7 +529,7 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         from . import named  # both import this module
-        from .plan import help_text
+        from .plan.plan import help_text
 
         for action in self._actions:
             if action.dest in named.KINDS and action.help is not argparse.SUPPRESS:

@@ -27,12 +27,12 @@ from localopt.collective import Collective
 from localopt.faults import control
 
 from . import named
-from .checkpoint import lock, write_text
+from .checkpoint.files import lock, write_text
+from .checkpoint.resume import Start
 from .config import ROOT, Config, ConfigError, absolute
 from .engine import Measures, Place
 from .evaluate import Evaluation
 from .optimizers import DataParallel
-from .resume import Start
 
 PREEMPTED = "preempted"  # the marker of a run that was asked to stop
 _PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "numpy", "vit-pytorch", "torchvision", "wandb")

@@ -25,10 +25,11 @@ from localopt import (
 from localopt.collective import Collective
 from localopt.faults import control
 
-from . import checkpoint, checks, engine, models, optimizers, record, resume, saver
+from . import checks, engine, models, optimizers, record
+from .checkpoint import files, resume, saver
+from .checkpoint.saver import SaveError
 from .config import PER_HOST, Config, ConfigError, absolute
 from .lr import Schedule
-from .saver import SaveError
 
 if TYPE_CHECKING:
     from .methods import Ema
@@ -181,7 +182,7 @@ def _assembled(
     )  # fmt: skip
     checkpoints = folder / "checkpoints"
     if start.folder and place.local_rank == 0:
-        checkpoint.set_aside(checkpoints, after=start.step)
+        files.set_aside(checkpoints, after=start.step)
     control.gather(collective, "cleared")
     try:
         yield Run(

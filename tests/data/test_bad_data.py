@@ -17,7 +17,7 @@ from data import write
 from data.dataset import DataError, Dataset, checked
 from data.loaders import stored_side
 from tests.support.refusals import check, numbered, told, untouched
-from training.plan import plan
+from training.plan.plan import plan
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.patience import PATIENCE
 from tests.support.program import ROOT
-from training.plan import plan
+from training.plan.plan import plan
 
 README = (ROOT / "README.md").read_text()
 

@@ -11,8 +11,8 @@ import pytest
 
 from localopt.collective import Collective
 from tests.support.ranks import run
-from training import checkpoint, resume
-from training.checkpoint import MANIFEST, CheckpointError
+from training.checkpoint import files, resume
+from training.checkpoint.files import MANIFEST, CheckpointError
 from training.config import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -30,22 +30,22 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 def written(folder: Path, manifest: dict[str, Any]) -> Path:
     """A checkpoint whose manifest has a checksum that is right."""
-    final = checkpoint.folder_of(folder, 6)
-    draft = checkpoint.draft_of(final)
+    final = files.folder_of(folder, 6)
+    draft = files.draft_of(final)
     draft.mkdir(parents=True)
-    checkpoint.publish(draft, final, manifest)
+    files.publish(draft, final, manifest)
     return final
 
 
 def read(rank: int, world_size: int, folder: str) -> list[str]:
     """What all that reads a manifest says of it."""
     path, told = Path(folder), []
-    for reader in (checkpoint.manifest, lambda path: resume.identity(path, "resume_pth")):
+    for reader in (files.manifest, lambda path: resume.identity(path, "resume_pth")):
         try:
             reader(path)
         except (CheckpointError, ConfigError) as error:
             told.append(str(error))
-    checkpoint.prune(path.parent, 1)
+    files.prune(path.parent, 1)
     return [*told, resume._fault(path, Collective())]
 
 
@@ -58,7 +58,7 @@ def told_of(folder: Path) -> list[str]:
 
 
 def test_a_good_one_is_read(tmp_path: Path) -> None:
-    assert checkpoint.manifest(written(tmp_path, GOOD))["step"] == 6
+    assert files.manifest(written(tmp_path, GOOD))["step"] == 6
 
 
 @pytest.mark.parametrize("value", [10**10, "2", 2.0, True, 0, -1, 3, None, [2], 10**30])
@@ -78,15 +78,15 @@ def test_a_part_of_another_kind(tmp_path: Path, key: str, value: object) -> None
 
 
 @pytest.mark.parametrize(
-    "files",
+    "listed",
     [
         {"rank-0000.pt": [], "rank-0001.pt": {}},
         {"rank-0000.pt": {"bytes": "3", "sha256": "x"}, "rank-0001.pt": {"bytes": 3}},
         {"rank-0000.pt": {"bytes": 3, "sha256": "x"}, "../../elsewhere": {"bytes": 3}},
     ],
 )
-def test_a_file_of_another_kind(tmp_path: Path, files: dict[str, Any]) -> None:
-    assert "files.rank-000" in told_of(written(tmp_path, {**GOOD, "files": files}))[0]
+def test_a_file_of_another_kind(tmp_path: Path, listed: dict[str, Any]) -> None:
+    assert "files.rank-000" in told_of(written(tmp_path, {**GOOD, "files": listed}))[0]
 
 
 def test_a_score_of_another_kind(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_ranks_file_that_is_a_pipe(tmp_path: Path) -> None:
 
 def verified(rank: int, world_size: int, folder: str) -> str:
     try:
-        checkpoint.verify(Path(folder), checkpoint.manifest(Path(folder)), 0)
+        files.verify(Path(folder), files.manifest(Path(folder)), 0)
     except CheckpointError as error:
         return str(error)
     return "nothing"

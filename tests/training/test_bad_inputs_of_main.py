@@ -115,7 +115,7 @@ runpy.run_path({root!r} + "/main.py", run_name="__main__")
     ("place", "flags"),
     [
         ("training.config:_read_recipe", []),
-        ("training.plan:_variants", ["--plan"]),
+        ("training.plan.plan:_variants", ["--plan"]),
         ("training.models:build", []),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from tests.support.refusals import check, numbered, told, untouched
 from training import checks
 from training.config import load
-from training.plan import plan
+from training.plan.plan import plan
 
 HOSTFILES: list[tuple[bytes | None, list[str]]] = [
     (None, ["No such file"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.patience import PATIENCE
-from training.checkpoint import (
+from training.checkpoint.files import (
     MANIFEST,
     draft_of,
     folder_of,

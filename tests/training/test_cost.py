@@ -10,7 +10,7 @@ from localopt import Constant
 from tests.support import oracle
 from tests.support.contract import every_rule, local_optimizer, new_rule
 from tests.support.ranks import run
-from training.cost import messages_of
+from training.plan.cost import messages_of
 
 NUMBERS, ROUNDS = 2**16, 8  # so many that headers do not count, and no padding
 M = 4  # two groups of two

@@ -16,7 +16,8 @@ from torch import nn
 
 from localopt import EASGD, Average, Constant, LocalOptimizer, Rule
 from localopt.saved import own_state
-from training import checkpoint, models
+from training import models
+from training.checkpoint import files as checkpoint
 from training.export import main
 from training.methods import Ema
 

@@ -19,7 +19,7 @@ import pytest
 from tests.support.patience import PATIENCE
 from tests.support.ports import free_port
 from tests.support.program import ROOT, Running
-from training import checkpoint
+from training.checkpoint import files as checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -20,12 +20,13 @@ from tests.conftest import Once
 from tests.support.patience import PATIENCE
 from tests.support.program import ROOT, start
 from tests.support.refusals import check, told
-from training import checkpoint, export
+from training import export
+from training.checkpoint import files as checkpoint
 from training.config import Config, load
 from training.named import KINDS
 from training.optimizers import period, rule
-from training.plan import plan
-from training.plan_report import report
+from training.plan.plan import plan
+from training.plan.report import report
 from training.report.command import main as report_main
 
 from .runs import SHORT, one_line, weights

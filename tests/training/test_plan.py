@@ -17,9 +17,9 @@ import torch
 from experiments import rules
 from tests.support.patience import PATIENCE
 from training.config import ROOT, ConfigError, fields
-from training.cost import Message, Scenario
-from training.plan import Options, Plan, help_text, plan
-from training.plan_report import report
+from training.plan.cost import Message, Scenario
+from training.plan.plan import Options, Plan, help_text, plan
+from training.plan.report import report
 
 PAGE = (ROOT / "docs" / "choosing-alpha.md").read_text()
 VIT = (

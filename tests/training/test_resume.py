@@ -16,8 +16,8 @@ import torch
 
 from tests.conftest import Once
 from tests.support.program import Outcome, start
-from training import checkpoint
-from training.checkpoint import MANIFEST
+from training.checkpoint import files as checkpoint
+from training.checkpoint.files import MANIFEST
 
 from .kills import RECIPES, TIMED, Runs
 

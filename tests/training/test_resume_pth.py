@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.program import start
-from training import checkpoint as checkpoints
+from training.checkpoint import files as checkpoints
 
 from .runs import SHORT, one_line, weights
 

@@ -8,9 +8,9 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 
-from . import optimizers
+from .. import optimizers
+from ..lr import Schedule
 from .cost import PARAMETER, Round, Scenario
-from .lr import Schedule
 from .plan import Plan
 
 _WIDTH = 100

@@ -18,10 +18,10 @@ from localopt.collective import Collective
 from localopt.faults import control
 from localopt.merge import merged
 
-from . import checkpoint
-from .checkpoint import MANIFEST, CheckpointError, sha256
-from .config import DEFAULTS, HOST_KEYS, Config, ConfigError, absolute, shortened
-from .optimizers import DataParallel
+from ..config import DEFAULTS, HOST_KEYS, Config, ConfigError, absolute, shortened
+from ..optimizers import DataParallel
+from . import files
+from .files import MANIFEST, CheckpointError, sha256
 from .saver import Counting, State
 
 # Settings without which the saved states would mean something else.
@@ -63,7 +63,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         ConfigError: if the file is missing or damaged, or fits another model.
     """
-    content = _asked("resume_pth", checkpoint.read, path)
+    content = _asked("resume_pth", files.read, path)
     _load_model(model, content.get("model", content), f"resume_pth {path}")
 
 
@@ -100,7 +100,7 @@ def restore(config: Config, state: State, collective: Collective, steps_per_epoc
                 f"optimizer_resume_pth is {config.optimizer_resume_pth!r}: resume_pth {path} is a "
                 "checkpoint, which has its own optimizer state; leave it out"
             )
-        step = _asked("resume_pth", checkpoint.manifest, path)["step"]
+        step = _asked("resume_pth", files.manifest, path)["step"]
         if wanted not in (None, step):
             raise ConfigError(f"resume_pth {path}: at step {step}, and {wanted} was asked for")
         return _restored(path, "resume_pth", config, state, collective)
@@ -156,11 +156,11 @@ def _checkpoints(runs: Path, config: Config) -> list[Path]:
         finished = (run.parent / "summary.json").exists()
         if finished or not isinstance(theirs, dict) or _compared(theirs) != mine:
             continue
-        if (held := checkpoint.lock(run.parent)) is None:
+        if (held := files.lock(run.parent)) is None:
             print(f"resume auto: passing over {run.parent}: it is running", flush=True)
         else:
             held.close()
-            paths += reversed(checkpoint.found(run.parent / "checkpoints").values())
+            paths += reversed(files.found(run.parent / "checkpoints").values())
     return paths
 
 
@@ -171,9 +171,9 @@ def _compared(settings: dict[str, Any]) -> dict[str, Any]:
 def _fault(folder: Path, collective: Collective) -> str:
     """What is wrong with a checkpoint, as far as this rank needs it; "whole …" if nothing."""
     try:
-        manifest = checkpoint.manifest(folder)
+        manifest = files.manifest(folder)
         for rank in _needed(manifest, collective):
-            checkpoint.verify(folder, manifest, rank)
+            files.verify(folder, manifest, rank)
         return f"whole {sha256(folder / MANIFEST)}"
     except CheckpointError as error:
         return str(error)
@@ -194,7 +194,7 @@ def _restored(
     folder: Path, asked: str, config: Config, state: State, collective: Collective
 ) -> Start:
     """Restore this rank's model, optimizer and random state."""
-    manifest = _asked(asked, checkpoint.manifest, folder)
+    manifest = _asked(asked, files.manifest, folder)
     for key in _FITTING:
         saved, mine = manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
         if saved != mine:
@@ -220,11 +220,11 @@ def _restored(
 
 
 def _rank_state(asked: str, folder: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any]:
-    content = _asked(asked, checkpoint.rank_state, folder, manifest, rank)
+    content = _asked(asked, files.rank_state, folder, manifest, rank)
     if "optimizer" not in content:
         raise ConfigError(f"{asked} {folder}: saved without optimizer state (save_opt: false)")
     if missing := [part for part in ("model", "recorder", "rng") if part not in content]:
-        name = checkpoint.rank_file(rank)
+        name = files.rank_file(rank)
         raise ConfigError(f"{asked} {folder}: {name} does not hold {', '.join(missing)}")
     return content
 
@@ -288,7 +288,7 @@ def _load_inner_optimizer(
     # Data-parallel replicas have one state: a local run's would take them apart.
     own = config.local and config.multiple_optimizers
     rank = collective.rank if own else 0
-    manifest = _asked("optimizer_resume_pth", checkpoint.manifest, path)
+    manifest = _asked("optimizer_resume_pth", files.manifest, path)
     for key in ("model", "blurpool", "squeeze_excite", "optimizer"):
         saved, mine = manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
         if str(saved).removeprefix("local") != str(mine).removeprefix("local"):
@@ -299,10 +299,10 @@ def _load_inner_optimizer(
     if rank >= manifest["world_size"]:
         raise ConfigError(
             f"optimizer_resume_pth {path}: saved by {manifest['world_size']} replicas, so there is "
-            f"no {checkpoint.rank_file(rank)}; set multiple_optimizers to false to give all "
+            f"no {files.rank_file(rank)}; set multiple_optimizers to false to give all "
             "replicas rank 0's"
         )
-    content = _asked("optimizer_resume_pth", checkpoint.rank_state, path, manifest, rank)
+    content = _asked("optimizer_resume_pth", files.rank_state, path, manifest, rank)
     if "optimizer" not in content:
         raise ConfigError(f"optimizer_resume_pth {path}: saved without optimizer state")
     inner = {key: content["optimizer"][key] for key in ("state", "param_groups")}
@@ -318,7 +318,7 @@ def identity(path: Path, setting: str) -> str:
     try:
         if path.is_file():
             return f"weights {sha256(path)}"
-        step = _asked(setting, checkpoint.manifest, path)["step"]
+        step = _asked(setting, files.manifest, path)["step"]
         return f"step {step}, manifest {sha256(path / MANIFEST)}"
     except OSError as error:
         raise ConfigError(f"{setting} {path}: {error.strerror}") from None

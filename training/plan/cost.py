@@ -22,9 +22,9 @@ from torch import nn
 from localopt import Period, Rule, Sending
 from localopt.buffers import BufferPolicy, Buffers
 
-from . import optimizers
-from .config import Config, ConfigError
-from .lr import Schedule
+from .. import optimizers
+from ..config import Config, ConfigError
+from ..lr import Schedule
 
 PARAMETER = 4  # bytes: weights are float32, whatever the autocast
 

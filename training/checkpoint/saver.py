@@ -20,10 +20,10 @@ from localopt import LocalOptimizer
 from localopt.collective import Collective
 from localopt.faults import control
 
-from . import checkpoint
-from .config import PER_HOST, Config
-from .engine import PATIENCE
-from .optimizers import DataParallel
+from ..config import PER_HOST, Config
+from ..engine import PATIENCE
+from ..optimizers import DataParallel
+from . import files
 
 
 class SaveError(OSError):
@@ -167,7 +167,7 @@ class Saver:
         try:
             self._problem = self._written(number, step, content, score)
             if self._problem and self._publishes:
-                last = max(checkpoint.found(self._folder), default=None)
+                last = max(files.found(self._folder), default=None)
                 left = "there is none yet" if last is None else f"the newest is that of step {last}"
                 tqdm.write(f"main.py: {self._problem} ({left})", file=sys.stderr)
         except BaseException as error:  # raised again where training looks next
@@ -177,12 +177,12 @@ class Saver:
         self, number: int, step: int, content: dict[str, Any], score: dict[str, float]
     ) -> str | None:
         """Write this rank's file and, where it is to, publish; return what went wrong."""
-        final = checkpoint.folder_of(self._folder, step)
-        draft = checkpoint.draft_of(final)
+        final = files.folder_of(self._folder, step)
+        draft = files.draft_of(final)
         rank, ranks = self._collective.rank, range(self._collective.world_size)
         where, problem = f"rank {rank} on {socket.gethostname()}", None
         try:
-            told = checkpoint.write_rank(draft, rank, content)
+            told = files.write_rank(draft, rank, content)
         except OSError as error:
             problem = f"cannot save step {step}: {where}: {draft}: {error.strerror or error}"
             told = {"problem": problem}
@@ -190,8 +190,8 @@ class Saver:
         if not self._publishes:
             return problem
         notes = self._board.get([f"{number}/{other}" for other in ranks], PATIENCE)
-        files = {checkpoint.rank_file(other): json.loads(notes[other]) for other in ranks}
-        problems = [told["problem"] for told in files.values() if "problem" in told]
+        parts = {files.rank_file(other): json.loads(notes[other]) for other in ranks}
+        problems = [told["problem"] for told in parts.values() if "problem" in told]
         if not problems:
             manifest = {
                 "step": step,
@@ -200,16 +200,16 @@ class Saver:
                 "config": {k: v for k, v in self._config.as_dict().items() if k not in PER_HOST},
                 "versions": self._versions,
                 "evaluation": score,
-                "files": files,
+                "files": parts,
             }
             try:
-                checkpoint.publish(draft, final, manifest)
+                files.publish(draft, final, manifest)
             except OSError as error:
                 problems = [f"cannot save step {step}: {where}: {final}: {error.strerror or error}"]
         if problems:
             shutil.rmtree(draft, ignore_errors=True)
             return problems[0]
-        checkpoint.prune(self._folder, self._config.save_keep)
+        files.prune(self._folder, self._config.save_keep)
         return None
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.dataset import DESCRIPTION, TRAIN, DataError, Dataset
 
-from .config import (
+from ..config import (
     DEFAULT_RECIPE,
     Config,
     ConfigError,
@@ -31,7 +31,7 @@ from .config import (
     shortened,
     text_of,
 )
-from .lr import Schedule
+from ..lr import Schedule
 
 # What imports torch is imported where it is needed: a wrong flag should not wait for it.
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def plan(argv: Sequence[str]) -> Plan:
     """
     options, rest, recipe = _parse(argv)
     config = load(rest)
-    from . import checks, cost, optimizers
+    from .. import checks, optimizers
+    from . import cost
 
     nodes = _nodes(options)
     config = checks.with_fitting_batches(config, len(nodes))
@@ -344,7 +345,7 @@ def _model(config: Config, classes: int) -> nn.Module:
     """The run's model, with shapes and no numbers where it can be built so."""
     import torch
 
-    from . import models
+    from .. import models
 
     def made() -> nn.Module:
         return models.build(
@@ -365,7 +366,7 @@ def _model(config: Config, classes: int) -> nn.Module:
 
 def _variants(config: Config, alphas: Sequence[float]) -> dict[str, Config]:
     """The ways to synchronise that are compared, by name; the run's own among them."""
-    from . import optimizers
+    from .. import optimizers
 
     kind = config.optimizer.removeprefix("local")
     local: dict[str, Any] = {"optimizer": f"local{kind}"}
@@ -380,6 +381,6 @@ def _variants(config: Config, alphas: Sequence[float]) -> dict[str, Config]:
 
 
 def _name(config: Config) -> str:
-    from . import optimizers
+    from .. import optimizers
 
     return str(optimizers.period(config)) if config.local else "data-parallel"

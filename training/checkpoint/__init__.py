@@ -1,0 +1,1 @@
+"""A run on disk: saving it, resuming it, exporting its weights."""

@@ -1,0 +1,1 @@
+"""``main.py --plan``: what a run would cost, before it is started."""
