@@ -162,6 +162,17 @@ def make_folder(config: Config, collective: Collective) -> Path:
     return folder
 
 
+def _held(folder: Path) -> BinaryIO:
+    """The hold on a run's folder, for as long as it is open."""
+    try:
+        held = lock(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from None
+    if held is None:
+        raise ConfigError(f"{folder}: another run is writing there")
+    return held
+
+
 def _environment(config: Config, collective: Collective) -> dict[str, Any]:
     return {
         "command": sys.argv,
@@ -260,9 +271,7 @@ class Recorder:
         self._lock: BinaryIO | None = None
         self._file: JsonLines | None = None
         if place.rank == 0:
-            self._lock = lock(folder)
-            if self._lock is None:
-                raise ConfigError(f"{folder}: another run is writing there")
+            self._lock = start.lock or _held(folder)
             (folder / PREEMPTED).unlink(missing_ok=True)
             self._file = JsonLines(folder / "metrics.jsonl", kept)
             self._sinks.append(self._file)

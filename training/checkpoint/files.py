@@ -56,7 +56,9 @@ def found(checkpoints: Path) -> dict[int, Path]:
     except OSError:
         return {}
     folders = {int(m[1]): checkpoints / name for name in names if (m := _NAME.fullmatch(name))}
-    return {step: path for step, path in sorted(folders.items()) if (path / MANIFEST).exists()}
+    return {
+        step: path for step, path in sorted(folders.items()) if os.path.exists(path / MANIFEST)
+    }
 
 
 # Writing.
