@@ -12,7 +12,10 @@ import time
 import traceback
 from typing import NoReturn
 
-from training.config import Config, ConfigError, load
+from training.config import Config
+from training.plan.options import help_text
+from training.settings import load
+from training.values import ConfigError
 
 
 def main(config: Config) -> int:
@@ -37,7 +40,7 @@ def main(config: Config) -> int:
         fail(traceback.format_exc(), status=1)
     if not run.preempted:
         return 0
-    if run.place.rank == 0:
+    if run.process.rank == 0:
         print(f"main.py: {run.watch.reason}: saved and stopped; continue with --resume auto")
     return 128 + run.watch.signal
 
@@ -90,7 +93,7 @@ if __name__ == "__main__":
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
             print(text)
             sys.exit()
-        settings = load(sys.argv[1:])
+        settings = load(sys.argv[1:], help_text)
     except ConfigError as problem:
         fail(str(problem))
     sys.exit(main(settings))

@@ -19,7 +19,7 @@ def _nothing() -> None:
 
 def deepspeed(model: nn.Module) -> tuple[nn.Module, Callable[[], Any], Callable[[], Any], Any]:
     """DeepSpeed at stage 0: its gradient all-reduce follows the backward pass."""
-    from training.engine import deepspeed as package
+    from training.deepspeed_settings import deepspeed as package
 
     if not package.comm.is_initialized():
         package.init_distributed(dist_backend="gloo", verbose=False)

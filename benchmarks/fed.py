@@ -28,9 +28,9 @@ import torch
 from benchmarks.data_path import write_photographs
 from benchmarks.throughput import RECIPES, device_name, now
 from benchmarks.training_step import SHORT_RECIPE, Step, ours
-from training import engine
-from training.config import load
+from training.engine import Batch
 from training.run import Run, assembled
+from training.settings import load
 
 UNTIMED = 4  # steps: more than the loader is ahead
 STEPS = 32
@@ -73,15 +73,15 @@ def compared(run: Run, repeats: int) -> dict[str, list[float]]:
     return figures
 
 
-def images_per_second(run: Run, batches: Iterable[engine.Batch], step: Step) -> float:
+def images_per_second(run: Run, batches: Iterable[Batch], step: Step) -> float:
     started, images = 0.0, 0
     for number, batch in enumerate(batches):
         if number == UNTIMED:
-            started = now(run.place)
+            started = now(run.process)
         step(batch)
         if number >= UNTIMED:
             images += len(batch[0])
-    return images / (now(run.place) - started)
+    return images / (now(run.process) - started)
 
 
 def main() -> None:

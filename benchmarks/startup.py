@@ -71,20 +71,20 @@ def worker(options: argparse.Namespace) -> None:
     """One rank."""
     laps = Laps(options.worker)
     for module, phase in (
-        ("torch.distributed", "Python, torch"), ("training.engine", "deepspeed"),
+        ("torch.distributed", "Python, torch"), ("training.deepspeed_engine", "deepspeed"),
         ("data.loaders", "ffcv, numba"), ("training.loop", "the rest of the imports"),
     ):  # fmt: skip
         importlib.import_module(module)
         laps.end(phase)
-    from training import engine, run
-    from training.config import load
+    from training import distributed, run
     from training.loop import grouped
+    from training.settings import load
 
     with tempfile.TemporaryDirectory() as logs, ExitStack() as inside:
         flags = ["--recipe-pth", RECIPE, "--randaugment-depth", str(options.randaugment)]
         config = load([*flags, "--log-pth", logs])
         for owner, name, before, during in (
-            (engine, "start", "settings", "process group"),
+            (distributed, "join", "settings", "process group"),
             (run, "_open_data", "agreeing on settings, data", "compiling, opening the data"),
         ):
             timed = lapped(getattr(owner, name), laps, before, during)
@@ -97,7 +97,7 @@ def worker(options: argparse.Namespace) -> None:
         laps.end("first step")
         of_ranks = [json.loads(told) for told in gathered(json.dumps(laps.seconds))]
         made.optimizer.finish()
-    if made.place.rank == 0:
+    if made.process.rank == 0:
         slower = max(of_ranks, key=lambda seconds: sum(seconds.values()))
         print(json.dumps(slower), flush=True)
     sys.stdout.flush()

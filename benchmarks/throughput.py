@@ -34,9 +34,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from localopt.traffic import synchronised_clock
-from training import checks, engine, models, optimizers
-from training.config import Config, load
+from training import checks, distributed, models, optimizers
+from training.config import Config
+from training.deepspeed_engine import engine_of
+from training.distributed import Process
+from training.engine import Batch
 from training.lr import Schedule
+from training.settings import load
 
 Step = Callable[[Tensor, Tensor], Tensor]  # images and labels to the loss
 
@@ -66,17 +70,17 @@ SMALL = {
 }
 
 
-def ours(config: Config, place: engine.Place) -> Step:
+def ours(config: Config, process: Process) -> Step:
     """A step of the program's engine, in mid-round."""
-    model = new_model(config, place)
+    model = new_model(config, process)
     optimizer = optimizers.build(config, model, Schedule.of(config, 1_000_000))
-    trainer = engine.Engine(config, model, optimizer, world_size=1)
+    trainer = engine_of(config, model, optimizer, world_size=1)
     return lambda images, labels: trainer.step([(images, labels)]).loss
 
 
-def bare(config: Config, place: engine.Place) -> Step:
+def bare(config: Config, process: Process) -> Step:
     """What one would write without the program."""
-    model = new_model(config, place)
+    model = new_model(config, process)
     if config.optimizer.endswith("sgd"):
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
             model.parameters(), config.max_lr, config.momentum, weight_decay=config.wd, fused=True
@@ -89,7 +93,7 @@ def bare(config: Config, place: engine.Place) -> Step:
         model.compile()
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(place.device.type, torch.bfloat16):
+        with torch.autocast(process.device.type, torch.bfloat16):
             logits = model(images)
         loss = functional.cross_entropy(
             logits.float(), labels, label_smoothing=config.label_smoothing
@@ -102,61 +106,61 @@ def bare(config: Config, place: engine.Place) -> Step:
     return step
 
 
-def new_model(config: Config, place: engine.Place) -> nn.Module:
+def new_model(config: Config, process: Process) -> nn.Module:
     return models.build(
         config.model, classes=1000, resolution=224, seed=0, channels_last=config.channels_last
-    ).to(place.device)
+    ).to(process.device)
 
 
-def batch_of(config: Config, place: engine.Place) -> engine.Batch:
+def batch_of(config: Config, process: Process) -> Batch:
     """Noise, of the kind that the loader delivers."""
     batch = config.physical_batch_size
-    images = torch.randn(batch, 3, 224, 224, device=place.device)
-    labels = torch.randint(1000, (batch,), device=place.device)
+    images = torch.randn(batch, 3, 224, 224, device=process.device)
+    labels = torch.randint(1000, (batch,), device=process.device)
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
-def compared(config: Config, place: engine.Place, repeats: int, steps: int) -> list[Row]:
+def compared(config: Config, process: Process, repeats: int, steps: int) -> list[Row]:
     """Ours and the bare loop: images per second of each repeat, of ``steps`` steps each."""
     batch = config.physical_batch_size
-    images, labels = batch_of(config, place)
+    images, labels = batch_of(config, process)
     ways, rows = [], []
     for make in (ours, bare):
-        held = _reset_peak(place)
-        step = make(config, place)
+        held = _reset_peak(process)
+        step = make(config, process)
         for _ in range(3):  # compiles, allocates, chooses kernels
             assert step(images, labels).isfinite()
         ways.append(step)
-        rows.append(Row(peak=_peak(place) - held))
+        rows.append(Row(peak=_peak(process) - held))
     for _ in range(repeats):
         for step, row in zip(ways, rows, strict=True):
-            before = now(place)
+            before = now(process)
             losses = [step(images, labels) for _ in range(steps)]
             assert torch.stack(losses).isfinite().all()
-            row.figures.append(batch * steps / (now(place) - before))
+            row.figures.append(batch * steps / (now(process) - before))
     return rows
 
 
-def profiled(config: Config, place: engine.Place, steps: int) -> tuple[str, list[str]]:
+def profiled(config: Config, process: Process, steps: int) -> tuple[str, list[str]]:
     """A row of host and device, and rows of the operations that take most."""
-    step, batch = ours(config, place), batch_of(config, place)
+    step, batch = ours(config, process), batch_of(config, process)
     for _ in range(3):
         step(*batch)
     launched = []
     for _ in range(steps):
-        started = now(place)
+        started = now(process)
         step(*batch)
         launched.append(time.perf_counter() - started)
-    started = now(place)
+    started = now(process)
     for _ in range(steps):
         step(*batch)
-    whole = (now(place) - started) / steps
-    on_gpu = place.device.type == "cuda"
+    whole = (now(process) - started) / steps
+    on_gpu = process.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities) as recorded:
         for _ in range(steps):
             step(*batch)
-        now(place)
+        now(process)
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     found = [
         (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
@@ -187,12 +191,12 @@ def print_profiles(chosen: dict[str, tuple[str, int]], deterministic: bool, step
     operations = []
     for number, name in enumerate(chosen):
         config = configured(name, *chosen[name], deterministic)
-        place = engine.start(config)
+        process = distributed.join(config)
         if not number:
-            _print_head(place, deterministic, steps)
+            _print_head(process, deterministic, steps)
             print("| model | batch | compiled | host, ms | device, ms | step, ms | host / step |")
             print("|---|---|---|---|---|---|---|", flush=True)
-        row, rows = profiled(checks.with_compile(config, place.device), place, steps)
+        row, rows = profiled(checks.with_compile(config, process.device), process, steps)
         print(row, flush=True)
         operations += rows
     print("\n| model | operation | calls per step | ms per step | share of device |")
@@ -209,22 +213,22 @@ def flops_per_image(name: str) -> float:
     return float(counter.get_total_flops())
 
 
-def now(place: engine.Place) -> float:
+def now(process: Process) -> float:
     """Seconds, read when the device has done all that it was given."""
-    if place.device.type == "cuda":
-        torch.cuda.synchronize(place.device)
-    return synchronised_clock(place.device)
+    if process.device.type == "cuda":
+        torch.cuda.synchronize(process.device)
+    return synchronised_clock(process.device)
 
 
-def _reset_peak(place: engine.Place) -> int:
-    if place.device.type != "cuda":
+def _reset_peak(process: Process) -> int:
+    if process.device.type != "cuda":
         return 0
-    torch.cuda.reset_peak_memory_stats(place.device)
-    return torch.cuda.memory_allocated(place.device)
+    torch.cuda.reset_peak_memory_stats(process.device)
+    return torch.cuda.memory_allocated(process.device)
 
 
-def _peak(place: engine.Place) -> int:
-    return torch.cuda.max_memory_allocated(place.device) if place.device.type == "cuda" else 0
+def _peak(process: Process) -> int:
+    return torch.cuda.max_memory_allocated(process.device) if process.device.type == "cuda" else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -240,18 +244,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.profile:
         print_profiles(chosen, options.deterministic, steps)
         return
-    place = None
+    process = None
     for (name, (recipe, batch)), compiled in itertools.product(chosen.items(), (False, True)):
         config = configured(name, recipe, batch, options.deterministic, compile=compiled)
-        if place is None:
-            place = engine.start(config)
-            _print_head(place, options.deterministic, repeats)
+        if process is None:
+            process = distributed.join(config)
+            _print_head(process, options.deterministic, repeats)
             print("| model | batch | compiled | ours, images/s | bare, images/s | ours / bare | "
                   "MFU | ours, GiB | bare, GiB |")  # fmt: skip
             print("|---|---|---|---|---|---|---|---|---|", flush=True)
         known = next((value for key, value in PEAK_TFLOPS.items() if key in device_name()), None)
         peak, flops = options.peak_tflops or known, flops_per_image(name)
-        mine, other = compared(config, place, repeats, steps)
+        mine, other = compared(config, process, repeats, steps)
         share = f"{mine.median * flops / peak / 1e12:.1%}" if peak else "peak unknown"
         ratio = statistics.median(a / b for a, b in zip(mine.figures, other.figures, strict=True))
         print(
@@ -275,7 +279,7 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def _print_head(place: engine.Place, deterministic: bool, repeats: int) -> None:
+def _print_head(process: Process, deterministic: bool, repeats: int) -> None:
     told = ", deterministic" if deterministic else ""
     print(f"{device_name()}, torch {torch.__version__}, bf16{told}, medians of {repeats}, "
           f"{time.strftime('%Y-%m-%d')}\n")  # fmt: skip

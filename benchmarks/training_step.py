@@ -23,12 +23,13 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from training import engine, models
-from training.config import load
+from training import deepspeed_settings, models
+from training.engine import Batch
 from training.run import Run, assembled
+from training.settings import load
 
 SHORT_RECIPE = "recipe/digits-vit-localadamw-qsr.yml"
-Step = Callable[[engine.Batch], None]
+Step = Callable[[Batch], None]
 MODELS = {"simplevit-s16": (224, 4, 3), "simplevit-digits": (32, 16, 40)}  # pixels, batch, steps
 
 
@@ -55,7 +56,7 @@ def ours(run: Run) -> Step:
     """What `training.loop` does for a step of one micro-batch, between two evaluations."""
     made = itertools.count()
 
-    def make(batch: engine.Batch) -> None:
+    def make(batch: Batch) -> None:
         step = next(made)
         run.watch.begin(step)
         lr = run.schedule(step)
@@ -77,7 +78,7 @@ def compared(run: Run, steps: int, repeats: int) -> dict[str, list[float]]:
         model = new_model(run)
         optimizer = torch.optim.AdamW(model.parameters(), **options)
 
-        def step(batch: engine.Batch) -> None:
+        def step(batch: Batch) -> None:
             images, labels = batch
             with run.engine.autocast():
                 logits = model(images)
@@ -90,13 +91,13 @@ def compared(run: Run, steps: int, repeats: int) -> dict[str, list[float]]:
     def with_deepspeed() -> Step:
         model = new_model(run)
         optimizer = torch.optim.AdamW(model.parameters(), **options)
-        settings = engine.deepspeed_settings(run.config, 1)
-        wrapped, *_ = engine.deepspeed.initialize(
+        settings = deepspeed_settings.settings_of(run.config, 1)
+        wrapped, *_ = deepspeed_settings.deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         wrapped.enable_backward_allreduce = False
 
-        def step(batch: engine.Batch) -> None:
+        def step(batch: Batch) -> None:
             images, labels = batch
             logits = wrapped(images).float()
             wrapped.backward(functional.cross_entropy(logits, labels, label_smoothing=smoothing))

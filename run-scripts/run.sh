@@ -55,8 +55,9 @@ done
 # now, not later once per rank.
 ask='
 import os, sys
-from training.config import ConfigError, absolute, load
-from training.plan.plan import slots_of
+from training.settings import load
+from training.values import ConfigError, absolute
+from training.plan.options import slots_of
 try:
     slots_of(sys.argv[1])
     config = load(sys.argv[2:])

@@ -101,7 +101,7 @@ make_venv "$base"
 "$python" -m pip install --disable-pip-version-check --use-pep517 -r requirements.txt -e .
 "$python" -m pip install --disable-pip-version-check --no-deps -r requirements-no-deps.txt
 # -P: find localopt where pip put it, not in this folder. torchvision is left out: with a CPU-only
-# torch it imports only after the repair in training/models.py.
+# torch it imports only after the repair in training/torchvision_repair.py.
 modules='cv2, deepspeed, einops, ffcv, localopt, numba, PIL, pytest, scipy, sklearn, torch, wandb, yaml'
 "$python" -P -c "import $modules" ||
     die "installed, but an import fails (above); remove $root/.venv and run this again"

@@ -10,9 +10,10 @@ import dataclasses
 import torch
 from torch import nn
 
-from .config import Config, ConfigError
+from .config import Config
 from .evaluate import has_batch_norm
 from .models import gains_by_compiling, takes_any_resolution
+from .values import ConfigError
 
 
 def with_fitting_batches(config: Config, replicas: int) -> Config:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from .checkpoint.export import ExportError, export
 from .checkpoint.files import CheckpointError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ExportError(f"{message}; see --help")
+from .settings import Parser
+from .values import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m training.export",
         description="Write the weights of a checkpoint as a plain state_dict.",
     )
@@ -33,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         flags = parser.parse_args(arguments)
         print(export(flags.checkpoint, flags.out, ema=flags.ema))
-    except (CheckpointError, ExportError) as error:
+    except (CheckpointError, ConfigError, ExportError) as error:
         print(f"training.export: {error}", file=sys.stderr)
         return 2
     return 0

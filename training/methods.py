@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from data import order
 
-from .config import ConfigError
-from .models import allow_torchvision_without_cuda
+from .torchvision_repair import allow_torchvision_without_cuda
+from .values import ConfigError
 
 allow_torchvision_without_cuda()
 _handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

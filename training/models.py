@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import ConfigError
+from .torchvision_repair import allow_torchvision_without_cuda
+from .values import ConfigError
 
 Build = Callable[[int, int], nn.Module]  # (number of classes, resolution)
 
@@ -19,21 +20,6 @@ TORCHVISION = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
-
-_kept_alive: list[torch.library.Library] = []
-
-
-def allow_torchvision_without_cuda() -> None:
-    """Define the operators that torchvision's CUDA build expects and a CPU build of torch lacks.
-
-    vit_pytorch, the ResNets and composer import torchvision; none calls these operators.
-    """
-    if torch.version.cuda is None and not _kept_alive:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept_alive.append(library)
-
 
 def _simplevit(dim: int, heads: int, depth: int = 12, patch: int = 16) -> Build:
     """SimpleViT with the usual proportions: heads of 64, an MLP four times as wide as the model.

@@ -20,7 +20,7 @@ from localopt import Period, Rule
 from localopt.period import PERIODS
 from localopt.sync import RULES
 
-from .config import did_you_mean
+from .values import did_you_mean
 
 # By setting: what must be made, and the built-in ones.
 KINDS: dict[str, tuple[type, Mapping[str, Callable[..., Any]]]] = {

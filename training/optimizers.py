@@ -18,11 +18,13 @@ from localopt.buffers import Buffers
 from localopt.collective import Collective
 
 from . import named
-from .config import PERIOD_TAKES, Config, ConfigError, converted, shortened
+from .config import PERIOD_TAKES, Config
+from .engine import ReplicaOptimizer
 from .lr import Schedule
+from .values import ConfigError, converted, shortened
 
 
-def build(config: Config, model: nn.Module, schedule: Schedule) -> LocalOptimizer | DataParallel:
+def build(config: Config, model: nn.Module, schedule: Schedule) -> ReplicaOptimizer:
     """The optimizer of ``config`` over all of ``model``'s parameters. Collective if local."""
     inner = _inner(config, model)
     if not config.local:

@@ -1,226 +1,34 @@
-"""What a run leaves behind: metrics.jsonl, Weights & Biases, a progress bar, a closing table."""
+"""What is recorded of a run while it trains, a progress bar, and a closing table."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from data.loaders import Pace
-from localopt import LocalOptimizer
-from localopt.collective import Collective
-from localopt.faults import control
 
-from . import named
 from .checkpoint.files import lock, write_text
 from .checkpoint.resume import Start
-from .config import ROOT, Config, ConfigError, absolute
-from .engine import Measures, Place
+from .config import Config
+from .distributed import Process
+from .engine import Measures, ReplicaOptimizer
 from .evaluate import Evaluation
-from .optimizers import DataParallel
+from .loggers import JsonLines, Logger, Wandb
+from .values import ConfigError
 
 PREEMPTED = "preempted"  # the marker of a run that was asked to stop
-_PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "numpy", "vit-pytorch", "torchvision", "wandb")
-
 
 class DivergedError(RuntimeError):
     """The training or validation loss is NaN or infinite."""
-
-
-class Sink(Protocol):
-    """Where records go."""
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Take one record; its "step" is the number of steps finished."""
-
-    def preempted(self) -> None:
-        """The run stops before its end."""
-
-    def close(self, *, failed: bool) -> None:
-        """No record follows."""
-
-
-class JsonLines:
-    """One JSON object a line, flushed at once."""
-
-    def __init__(self, path: Path, kept: int | None = None) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        if kept is not None and kept < path.stat().st_size:
-            self._file.truncate(kept)  # what followed is told once more
-
-    @property
-    def size(self) -> int:
-        """Bytes so far."""
-        return os.fstat(self._file.fileno()).st_size
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
-
-    def preempted(self) -> None:
-        pass
-
-    def close(self, *, failed: bool) -> None:
-        self._file.close()
-
-
-class Wandb:
-    """Weights & Biases, by its own rules of login; "offline" needs none.
-
-    "offline-sync" is for hosts without internet: after each evaluation it asks wandb-osh, which
-    runs on a host that shares the disk, to upload what there is.
-    """
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        import wandb
-
-        self._ask_for_upload = _upload_hook() if config.wandb == "offline-sync" else None
-        self._run = wandb.init(
-            project=config.wandb_project,
-            entity=config.wandb_entity or None,
-            tags=config.wandb_tags,
-            mode="offline" if self._ask_for_upload else config.wandb,
-            dir=folder,
-            name=folder.name,
-            id=folder.name,  # a run that is continued goes on with its own curves
-            resume="allow",
-            config=config.as_dict(),
-        )
-
-    def write(self, record: dict[str, Any]) -> None:
-        kind, step = record["kind"], record["step"]
-        values = {f"{kind}/{k}": v for k, v in _by_rank(record) if k not in ("kind", "step")}
-        self._run.log(values, step=step)
-        if self._ask_for_upload and kind in ("val", "summary"):
-            self._ask_for_upload()
-
-    def preempted(self) -> None:
-        self._run.mark_preempting()
-
-    def close(self, *, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-
-
-def _upload_hook() -> Callable[[], None]:
-    try:
-        from wandb_osh.hooks import TriggerWandbSyncHook
-    except ImportError:
-        raise ConfigError(
-            "wandb is offline-sync: package wandb-osh is missing; pip install wandb-osh"
-        ) from None
-    return TriggerWandbSyncHook()
-
-
-def _by_rank(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The items of ``record``, a list as an item per rank: a curve each."""
-    for key, value in record.items():
-        if isinstance(value, list):
-            yield from ((f"{key}/rank {rank}", item) for rank, item in enumerate(value))
-        else:
-            yield key, value
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with None for the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def make_folder(config: Config, collective: Collective) -> Path:
-    """This run's new folder, the same on all ranks, with its config and environment."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    name = control.gather(collective, f"{config.data}-{config.model}-{config.optimizer}-{stamp}")[0]
-    folder = absolute(config.log_pth) / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"log_pth {folder.parent}: {error.strerror}") from None
-    if collective.rank == 0:
-        write_text(folder / "config.yml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-        write_text(
-            folder / "environment.json",
-            json.dumps(_environment(config, collective), indent=2) + "\n",
-        )
-    return folder
-
-
-def _held(folder: Path) -> BinaryIO:
-    """The hold on a run's folder, for as long as it is open."""
-    try:
-        held = lock(folder)
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}") from None
-    if held is None:
-        raise ConfigError(f"{folder}: another run is writing there")
-    return held
-
-
-def _environment(config: Config, collective: Collective) -> dict[str, Any]:
-    return {
-        "command": sys.argv,
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain")),
-        "code": code_digest(),
-        "own_code": own_code(config),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "gpus": torch.accelerator.device_count(),
-        "world_size": collective.world_size,
-        "packages": versions(),
-    }
-
-
-def code_digest() -> str:
-    """A checksum of this program's own code, committed or not."""
-    total = hashlib.sha256()
-    for folder in ("localopt", "data", "training"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            total.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
-    return total.hexdigest()[:12]
-
-
-def own_code(config: Config) -> dict[str, str]:
-    """A checksum of each module that the rule or the period was imported from."""
-    return named.own_code([config.sync, config.period]) if config.local else {}
-
-
-def versions() -> dict[str, str | None]:
-    """The releases of the packages that what is computed depends on."""
-    found: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
 
 
 class Recorder:
@@ -233,7 +41,7 @@ class Recorder:
     Args:
         config: the run's settings.
         folder: the run's folder.
-        place: rank and device.
+        process: rank and device.
         optimizer: its counters are recorded.
         total_steps: length of the run.
         steps_per_epoch: optimizer steps in an epoch.
@@ -245,14 +53,14 @@ class Recorder:
         self,
         config: Config,
         folder: Path,
-        place: Place,
-        optimizer: LocalOptimizer | DataParallel,
+        process: Process,
+        optimizer: ReplicaOptimizer,
         total_steps: int,
         steps_per_epoch: int,
         start: Start,
         counted_from: int,
     ) -> None:
-        self.config, self.folder, self.place, self.optimizer = config, folder, place, optimizer
+        self.config, self.folder, self.process, self.optimizer = config, folder, process, optimizer
         self.total_steps, self.start_step = total_steps, start.step
         self.counted_from = counted_from
         self.steps_per_epoch = steps_per_epoch
@@ -267,21 +75,21 @@ class Recorder:
         self._first_step: float | None = None  # when this process made it, pauses left out
         self._epochs = 0
         kept = self._take_up(start) if start.recorder else None
-        self._sinks: list[Sink] = []
+        self._loggers: list[Logger] = []
         self._lock: BinaryIO | None = None
         self._file: JsonLines | None = None
-        if place.rank == 0:
+        if process.rank == 0:
             self._lock = start.lock or _held(folder)
             (folder / PREEMPTED).unlink(missing_ok=True)
             self._file = JsonLines(folder / "metrics.jsonl", kept)
-            self._sinks.append(self._file)
+            self._loggers.append(self._file)
             if config.wandb != "disabled":
-                self._sinks.append(Wandb(config, folder))
+                self._loggers.append(Wandb(config, folder))
         self._bar = tqdm(
             total=total_steps,
             initial=start.step,
             unit="step",
-            disable=None if place.rank == 0 else True,  # None: only on a terminal
+            disable=None if process.rank == 0 else True,  # None: only on a terminal
             dynamic_ncols=True,
         )
 
@@ -303,7 +111,7 @@ class Recorder:
     def _take_up(self, start: Start) -> int | None:
         """Go on from what `state_dict` gave; return how much of the metrics file stands."""
         saved = start.recorder
-        device = self.place.device
+        device = self.process.device
         self._pending = [
             Measures(**{name: _moved(value, device) for name, value in measures.items()})
             for measures in saved["pending"]
@@ -347,7 +155,7 @@ class Recorder:
 
     def _flush(self, step: int, lr: float) -> None:
         loss = float(torch.stack([m.loss for m in self._pending]).mean())  # host sync
-        images = len(self._pending) * self.config.total_batch_size // self.place.world_size
+        images = len(self._pending) * self.config.total_batch_size // self.process.world_size
         record = {
             "kind": "train",
             "step": step,
@@ -375,7 +183,7 @@ class Recorder:
     def epoch_ended(self, pace: Pace) -> None:
         """An epoch is over: say after the first one if training waits for images."""
         self._epochs += 1
-        if self._epochs > 1 or self._first_step is None or self.place.rank != 0:
+        if self._epochs > 1 or self._first_step is None or self.process.rank != 0:
             return
         seconds = time.perf_counter() - self._paused - self._first_step
         if told := waiting_for_images(pace, seconds, self.config.nw):
@@ -401,7 +209,7 @@ class Recorder:
             | self._place_in_round()
             | self._cost()
         )
-        if self.place.rank == 0:
+        if self.process.rank == 0:
             tqdm.write(
                 f"epoch {epoch:6.2f}  step {step:6d}  H {self.optimizer.h:5d}  "
                 f"syncs {self.optimizer.traffic.syncs:6d}  val loss {evaluation.loss:.4f}  "
@@ -421,12 +229,12 @@ class Recorder:
         steps = self.total_steps - self.start_step
         traffic = self.optimizer.traffic
         self._bar.close()
-        if self.place.rank == 0:
+        if self.process.rank == 0:
             images = steps * self.config.total_batch_size
             summary = {
                 "kind": "summary",
                 "step": self.total_steps,
-                "replicas": self.place.world_size,
+                "replicas": self.process.world_size,
                 **self.evaluation,
                 **self._cost(),
                 "share": traffic.syncs / max(1, self.total_steps - self.counted_from),
@@ -443,19 +251,19 @@ class Recorder:
     def preempted(self, step: int, reason: str) -> None:
         """The run stops before its end: a marker in its folder, until it is continued."""
         self._bar.close()
-        if self.place.rank == 0:
+        if self.process.rank == 0:
             now = datetime.now().isoformat("T", "seconds")
             told = {"step": step, "reason": reason, "time": now}
             write_text(self.folder / PREEMPTED, json.dumps(told) + "\n")
-            for sink in self._sinks:
-                sink.preempted()
+            for logger in self._loggers:
+                logger.preempted()
 
     def close(self, *, failed: bool = False) -> None:
         """No record follows."""
         self._bar.close()
-        for sink in self._sinks:
-            sink.close(failed=failed)
-        self._sinks = []
+        for logger in self._loggers:
+            logger.close(failed=failed)
+        self._loggers = []
         if self._lock is not None:
             self._lock.close()
 
@@ -476,8 +284,19 @@ class Recorder:
         }
 
     def _write(self, record: dict[str, Any]) -> None:
-        for sink in self._sinks:
-            sink.write(record)
+        for logger in self._loggers:
+            logger.write(record)
+
+
+def _held(folder: Path) -> BinaryIO:
+    """The hold on a run's folder, for as long as it is open."""
+    try:
+        held = lock(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from None
+    if held is None:
+        raise ConfigError(f"{folder}: another run is writing there")
+    return held
 
 
 def waiting_for_images(pace: Pace, seconds: float, workers: int) -> str | None:

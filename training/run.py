@@ -18,25 +18,37 @@ from data.randaugment import RandAugment
 from localopt import (
     CollectiveError,
     LayoutMismatchError,
-    LocalOptimizer,
     SyncError,
     Watch,
 )
 from localopt.collective import Collective
 from localopt.faults import control
 
-from . import checks, engine, models, optimizers, record
+from . import (
+    checks,
+    deepspeed_settings,
+    distributed,
+    launchers,
+    models,
+    optimizers,
+    record,
+    run_folder,
+)
 from .checkpoint import files, resume, saver
 from .checkpoint.saver import SaveError
-from .config import PER_HOST, Config, ConfigError, absolute
+from .config import PER_HOST, Config
+from .deepspeed_engine import engine_of
+from .distributed import Process
+from .engine import Batch, Engine, OutOfMemoryError, ReplicaOptimizer, out_of_memory
 from .lr import Schedule
+from .values import ConfigError, absolute
 
 if TYPE_CHECKING:
     from .methods import Ema
 
 
 # A change to a micro-batch on the device: (batch, step, micro_step) -> batch.
-Method = Callable[[engine.Batch, int, int], engine.Batch]
+Method = Callable[[Batch, int, int], Batch]
 
 
 @dataclass
@@ -44,11 +56,11 @@ class Run:
     """Everything that a training run is made of."""
 
     config: Config
-    place: engine.Place
+    process: Process
     folder: Path
     schedule: Schedule
-    engine: engine.Engine
-    optimizer: LocalOptimizer | optimizers.DataParallel
+    engine: Engine
+    optimizer: ReplicaOptimizer
     train_data: TrainData
     val_data: ValData
     collective: Collective
@@ -61,7 +73,7 @@ class Run:
     start: resume.Start
     preempted: bool = False  # whether it was asked to stop before its end
 
-    def prepared(self, micro_batches: Iterable[engine.Batch], step: int) -> Iterator[engine.Batch]:
+    def prepared(self, micro_batches: Iterable[Batch], step: int) -> Iterator[Batch]:
         """The micro-batches of one step, after Mixup and the like."""
         for micro_step, batch in enumerate(micro_batches):
             for method in self.methods:
@@ -75,9 +87,7 @@ class Run:
 
     def update_ema(self, step: int) -> bool:
         """Let the moving average follow, where the replicas agree; return whether it did."""
-        local = isinstance(self.optimizer, LocalOptimizer)
-        agreed = self.optimizer.synced and (not local or self.optimizer.sync.replicas_agree)
-        return bool(self.ema and agreed and self.ema.update(step))
+        return bool(self.ema and self.engine.agreed and self.ema.update(step))
 
 
 class LostRankError(RuntimeError):
@@ -101,34 +111,34 @@ def assembled(config: Config) -> Iterator[Run]:
         AbsentRankError: if one does not arrive.
         LostRankError: where a collective failed because another rank is lost.
     """
-    deepspeed = engine.deepspeed_settings(config, accumulation=1)
+    deepspeed = deepspeed_settings.settings_of(config, accumulation=1)
     optimizers.check(config)  # a wrong setting should not wait for the other replicas
-    place = engine.start(config)
+    process = distributed.join(config)
     collective = Collective()
     watch = Watch(
         collective,
         dead_after=config.dead_after,
         stall_after=config.stall_after,
         advice="continue with --resume auto",
-        watch_parent=engine.launchers(),
+        watch_parent=launchers.processes(),
     )
     try:
-        with watch, _assembled(config, deepspeed, place, collective, watch) as run:
+        with watch, _assembled(config, deepspeed, process, collective, watch) as run:
             yield run
     except torch.OutOfMemoryError as error:
         batch = checks.with_fitting_batches(config, collective.world_size).physical_batch_size
-        raise engine.out_of_memory(batch, error) from error
+        raise out_of_memory(batch, error) from error
     except Exception as error:
         own = isinstance(error, OWN_ERRORS) and not isinstance(error, CollectiveError)
         if watch.verdict and not watch.failed and not own:
             raise LostRankError(watch.verdict, first=watch.first) from error
         raise
-    engine.leave()
+    distributed.leave()
 
 
 # Errors that tell by themselves what is wrong, mostly on all ranks alike.
 OWN_ERRORS = (
-    ConfigError, DataError, LayoutMismatchError, SyncError, engine.OutOfMemoryError,
+    ConfigError, DataError, LayoutMismatchError, SyncError, OutOfMemoryError,
     record.DivergedError, SaveError,
 )  # fmt: skip
 
@@ -137,18 +147,18 @@ OWN_ERRORS = (
 def _assembled(
     config: Config,
     deepspeed: dict[str, Any],
-    place: engine.Place,
+    process: Process,
     collective: Collective,
     watch: Watch,
 ) -> Iterator[Run]:
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
-    config = checks.with_compile(config, place.device)
-    _agree_on_data(config, place, collective)
+    config = checks.with_compile(config, process.device)
+    _agree_on_data(config, process, collective)
     if config.resolution == -1:
         side = stored_side(_data_folder(config) / "train.beton")
         config = checks.with_resolution(config, side)
-    train_data, val_data = _open_data(config, place)
+    train_data, val_data = _open_data(config, process)
     steps_per_epoch = checks.steps_per_epoch(config, train_data.images)
     schedule = Schedule.of(config, steps_per_epoch)
 
@@ -163,31 +173,31 @@ def _assembled(
     )
     if weights := resume.weights_file(config):
         resume.load_weights(weights, model)  # before the optimizer: rules anchor to what they find
-    model.to(place.device)
+    model.to(process.device)
     checks.check_model(config, model, collective.world_size)
-    torch.manual_seed(config.seed * 1_000_003 + place.rank)  # dropout: each replica its own
+    torch.manual_seed(config.seed * 1_000_003 + process.rank)  # dropout: each replica its own
     optimizer = optimizers.build(config, model, schedule)
-    trainer = engine.Engine(config, model, optimizer, place.world_size)
-    state = saver.State(model, optimizer, trainer.scaler, _ema(config, model))
+    trainer = engine_of(config, model, optimizer, process.world_size)
+    state = saver.State(model, optimizer, trainer.centre, trainer.scaler, _ema(config, model))
     start = resume.restore(config, state, collective, steps_per_epoch)
     if start.step > schedule.total_steps:
         raise ConfigError(
             f"resume_pth {absolute(config.resume_pth)}: step {start.step}, to go on from, is past "
             f"this run's end at {schedule.total_steps}; raise epochs"
         )
-    folder = start.folder or record.make_folder(config, collective)
+    folder = start.folder or run_folder.make_folder(config, collective)
     recorder = record.Recorder(
-        config, folder, place, optimizer, schedule.total_steps, steps_per_epoch, start,
+        config, folder, process, optimizer, schedule.total_steps, steps_per_epoch, start,
         counted_from=start.step if weights else 0,
     )  # fmt: skip
     checkpoints = folder / "checkpoints"
-    if start.folder and place.local_rank == 0:
+    if start.folder and process.local_rank == 0:
         files.set_aside(checkpoints, after=start.step)
     control.gather(collective, "cleared")
     try:
         yield Run(
             config=config,
-            place=place,
+            process=process,
             folder=folder,
             schedule=schedule,
             engine=trainer,
@@ -200,10 +210,10 @@ def _assembled(
             state=state,
             saver=saver.Saver(
                 checkpoints, config, collective,
-                publishes=place.local_rank == 0, versions=record.versions(),
+                publishes=process.local_rank == 0, versions=run_folder.versions(),
                 saved_at=start.step if start.folder else None,
             ),
-            methods=_methods(config, place, train_data.num_classes, schedule.total_steps),
+            methods=_methods(config, process, train_data.num_classes, schedule.total_steps),
             steps_per_epoch=steps_per_epoch,
             start=start,
         )
@@ -216,9 +226,9 @@ def _assembled(
 def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) -> None:
     """Raise on every rank if one has other settings, software, or another checkpoint to resume."""
     settings = {k: v for k, v in config.as_dict().items() if k not in PER_HOST}
-    settings |= {f"version of {package}": found for package, found in record.versions().items()}
-    settings["version of this code"] = record.code_digest()
-    for module, told in record.own_code(config).items():
+    settings |= {f"version of {package}": found for package, found in run_folder.versions().items()}
+    settings["version of this code"] = run_folder.code_digest()
+    for module, told in run_folder.own_code(config).items():
         settings[f"version of {module}"] = told
     settings["deepspeed"] = json.dumps(deepspeed, sort_keys=True)
     for key in ("resume_pth", "optimizer_resume_pth"):
@@ -229,7 +239,7 @@ def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) 
 
 
 def _methods(
-    config: Config, place: engine.Place, classes: int, total_steps: int
+    config: Config, process: Process, classes: int, total_steps: int
 ) -> tuple[Method, ...]:
     """What the recipe switches on of the methods that change micro-batches."""
     if not config.mixup and config.resize_initial_scale == 1:
@@ -246,7 +256,7 @@ def _methods(
                 config.mixup,
                 seed=config.seed,
                 classes=classes,
-                first=config.total_batch_size // place.world_size * place.rank,
+                first=config.total_batch_size // process.world_size * process.rank,
                 physical_batch=config.physical_batch_size,
             )
         )
@@ -269,10 +279,11 @@ def _randaugment(config: Config) -> RandAugment | None:
     )
 
 
-def _agree_on_data(config: Config, place: engine.Place, collective: Collective) -> None:
+def _agree_on_data(config: Config, process: Process, collective: Collective) -> None:
     """Write the embedded data set where it is missing, once per host; raise if hosts' differ."""
     folder = _data_folder(config)
-    if config.data == "digits" and place.local_rank == 0 and not (folder / "dataset.json").exists():
+    missing = not (folder / "dataset.json").exists()
+    if config.data == "digits" and process.local_rank == 0 and missing:
         from data import write  # imports scikit-learn, which takes a second
 
         write.write("digits", {"size": 32, "split": "test"}, folder)
@@ -286,14 +297,14 @@ def _data_folder(config: Config) -> Path:
     return absolute(config.data_pth) / config.data
 
 
-def _open_data(config: Config, place: engine.Place) -> tuple[TrainData, ValData]:
+def _open_data(config: Config, process: Process) -> tuple[TrainData, ValData]:
     folder = _data_folder(config)
     common = {
-        "rank": place.rank,
-        "world_size": place.world_size,
+        "rank": process.rank,
+        "world_size": process.world_size,
         "resolution": config.resolution,
         "workers": config.nw,
-        "device": place.device,
+        "device": process.device,
     }
     train = folder / "train.beton"
     images = checked(train).files[train.name].images

@@ -10,10 +10,11 @@ import torch
 
 from tests.gpu.links import GLOO, device_of
 from tests.support.ranks import run
-from training import engine, models, optimizers
-from training.config import load
+from training import distributed, models, optimizers
+from training.deepspeed_engine import engine_of
 from training.lr import Schedule
 from training.methods import Mixup
+from training.settings import load
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +24,10 @@ def losses(rank: int, m: int, recipe: str, device: str) -> list[float]:
     model_name = {"v": "simplevit-ti16", "r": "resnet18"}[recipe[0]]
     config = load(["--recipe-pth", f"recipe/{recipe}.yml", "--model", model_name])
     config = replace(config, total_batch_size=8, physical_batch_size=4, h_base=3, device=device)
-    place = engine.start(config)
-    model = models.build(model_name, classes=10, resolution=224, seed=0).to(place.device)
+    process = distributed.join(config)
+    model = models.build(model_name, classes=10, resolution=224, seed=0).to(process.device)
     optimizer = optimizers.build(config, model, Schedule.of(config, 100))
-    trainer = engine.Engine(config, model, optimizer, world_size=1)
+    trainer = engine_of(config, model, optimizer, world_size=1)
     mixup = Mixup(0.2, seed=0, classes=10, first=0, physical_batch=4)
     batch = torch.randn(4, 3, 224, 224, device=device), torch.arange(4, device=device)
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from training.config import _TYPES, Config, ConfigError, fields
+from training.config import TYPES, Config, fields
+from training.values import ConfigError
 
-SETTINGS = {f.name: _TYPES[f.name] for f in fields(Config)}
+SETTINGS = {f.name: TYPES[f.name] for f in fields(Config)}
 FEW = settings(
     max_examples=8,
     deadline=None,

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import main
-from training import config, engine
+from training import engine, settings
 
 healthy_step = engine.Engine.step
 steps = 0
@@ -43,4 +43,4 @@ def step(self: engine.Engine, micro_batches: Any, **options: Any) -> engine.Meas
 
 
 engine.Engine.step = step
-sys.exit(main.main(config.load(sys.argv[1:])))
+sys.exit(main.main(settings.load(sys.argv[1:])))

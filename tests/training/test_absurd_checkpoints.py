@@ -13,7 +13,7 @@ from localopt.collective import Collective
 from tests.support.ranks import run
 from training.checkpoint import files, resume
 from training.checkpoint.files import MANIFEST, CheckpointError
-from training.config import ConfigError
+from training.values import ConfigError
 
 pytestmark = pytest.mark.slow
 

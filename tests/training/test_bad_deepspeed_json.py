@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.refusals import FEW, check, numbered, told, untouched
-from training import engine
-from training.config import load, shortened
+from training.deepspeed_settings import settings_of
+from training.settings import load
+from training.values import shortened
 
 RESTS_ON_DEEPSPEED = "DeepSpeed refuses it"
 JSONS: list[tuple[Any, list[str]]] = [
@@ -90,12 +91,12 @@ def test_a_deepspeed_json(tmp_path: Path, content: Any, parts: list[str]) -> Non
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     config = load(["--deepspeed_config", str(path)])
     with untouched(tmp_path):
-        check([str(path), *parts], told(engine.deepspeed_settings, config, 1))
+        check([str(path), *parts], told(settings_of, config, 1))
 
 
 @pytest.mark.parametrize("path", ["/no/file.json", "/tmp", "/dev/zero"])
 def test_no_deepspeed_json(path: str) -> None:
-    check([path], told(engine.deepspeed_settings, load(["--deepspeed_config", path]), 1))
+    check([path], told(settings_of, load(["--deepspeed_config", path]), 1))
 
 
 @pytest.mark.parametrize("optimizer", ["localadamw", "adamw"])
@@ -110,7 +111,7 @@ def test_what_a_template_says_and_means_nothing_is_taken(tmp_path: Path, optimiz
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps(neutral | {"wall_clock_breakdown": True, "steps_per_print": 7}))
     config = load(["--deepspeed_config", str(path), "--optimizer", optimizer])
-    settings = engine.deepspeed_settings(config, 1)
+    settings = settings_of(config, 1)
     assert settings["wall_clock_breakdown"] is True and settings["steps_per_print"] == 7
     assert settings["train_batch_size"] == config.total_batch_size
 
@@ -128,7 +129,7 @@ def test_generated_values_for_switches_of_deepspeed(tmp_path: Path, key: str) ->
     @given(wrong)
     def refused(value: Any) -> None:
         path.write_text(json.dumps({key: value}))
-        line = told(engine.deepspeed_settings, config, 1)
+        line = told(settings_of, config, 1)
         check([str(path), f"{key} is {shortened(value)}: "], line)
 
     refused()

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.refusals import FEW, SETTINGS, check, converts, numbered, told, untouched
-from training.config import _BOOLS, load, shortened
+from training.settings import load
+from training.values import _BOOLS, shortened
 
 NUMBERS = {name: kind for name, kind in SETTINGS.items() if kind in (int, float)}
 FLAGS: list[tuple[list[str], list[str]]] = [

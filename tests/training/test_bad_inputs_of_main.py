@@ -114,7 +114,7 @@ runpy.run_path({root!r} + "/main.py", run_name="__main__")
 @pytest.mark.parametrize(
     ("place", "flags"),
     [
-        ("training.config:_read_recipe", []),
+        ("training.settings:_read_recipe", []),
         ("training.plan.plan:_variants", ["--plan"]),
         ("training.models:build", []),
     ],

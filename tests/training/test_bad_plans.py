@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.refusals import check, numbered, told, untouched
 from training import checks
-from training.config import load
 from training.plan.plan import plan
+from training.settings import load
 
 HOSTFILES: list[tuple[bytes | None, list[str]]] = [
     (None, ["No such file"]),

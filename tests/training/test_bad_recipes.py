@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.refusals import FEW, SETTINGS, check, converts, numbered, told, untouched
-from training.config import HOST_KEYS, load, shortened
+from training.config import HOST_KEYS
+from training.settings import load
+from training.values import shortened
 
 BOMB = "data:\n" + "".join(
     f"- &a{level} [{', '.join([f'*a{level - 1}' if level else 'x'] * 9)}]\n" for level in range(12)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training import config
-from training.config import ROOT, ConfigError, load
+from training import config, settings
+from training.settings import load
+from training.values import ROOT, ConfigError
 
 RECIPES = sorted((ROOT / "recipe").glob("*.yml"))
 DATA_PARALLEL = {"localadamw": "adamw", "localsgd": "sgd"}
@@ -53,8 +54,8 @@ def test_flags_override_recipe_overrides_host_overrides_defaults(recipe, tmp_pat
 
 
 def test_this_hosts_file_is_found_by_name(recipe, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(config, "ROOT", tmp_path)
-    monkeypatch.setattr(config.socket, "gethostname", lambda: "node7")
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    monkeypatch.setattr(settings.socket, "gethostname", lambda: "node7")
     (tmp_path / ".config_node7.yml").write_text("data_pth: /scratch\n")
     assert load(["--recipe-pth", recipe()]).data_pth == "/scratch"
 

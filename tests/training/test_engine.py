@@ -17,9 +17,9 @@ from torch.profiler import profile
 from localopt.collective import Collective
 from tests.support.ranks import run
 from training import optimizers
-from training.config import load
 from training.evaluate import estimate_batch_norm, evaluate
 from training.lr import Schedule
+from training.settings import load
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def _model(norm: bool = False) -> nn.Module:
 
 
 def _engine(world_size: int, model: nn.Module, *flags: str) -> tuple[Any, Any]:
-    from training.engine import Engine
+    from training.deepspeed_engine import engine_of
 
     os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as a launcher would
     config = load([
@@ -55,7 +55,7 @@ def _engine(world_size: int, model: nn.Module, *flags: str) -> tuple[Any, Any]:
         "--physical-batch-size", str(8 // world_size), *flags,
     ])  # fmt: skip
     optimizer = optimizers.build(config, model, Schedule.of(config, STEPS))
-    return Engine(config, model, optimizer, world_size), optimizer
+    return engine_of(config, model, optimizer, world_size), optimizer
 
 
 def _gloo_events(step: Any) -> list[str]:

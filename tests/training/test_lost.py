@@ -189,9 +189,9 @@ def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ('record.code_digest = lambda: "another"', "rank 1 has [version of this code: another]"),
+        ('folder.code_digest = lambda: "another"', "rank 1 has [version of this code: another]"),
         (
-            'found = record.versions(); record.versions = lambda: found | {"torch": "1.0"}',
+            'found = folder.versions(); folder.versions = lambda: found | {"torch": "1.0"}',
             "rank 1 has [version of torch: 1.0]",
         ),
     ],
@@ -202,9 +202,9 @@ def test_a_rank_with_other_software_is_named(
 ) -> None:
     other = tmp_path / "other.py"
     other.write_text(
-        "import os, sys\nimport main\nfrom training import config, record\n"
+        "import os, sys\nimport main\nfrom training import run_folder as folder, settings\n"
         f"if os.environ['RANK'] == '1':\n    {change}\n"
-        "sys.exit(main.main(config.load(sys.argv[1:])))\n"
+        "sys.exit(main.main(settings.load(sys.argv[1:])))\n"
     )
     outcome = Running(*flags, script=other).ended()
     assert outcome.codes == [2, 2], outcome.errors

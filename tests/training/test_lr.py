@@ -8,8 +8,8 @@ import math
 
 import pytest
 
-from training.config import load
 from training.lr import Schedule
+from training.settings import load
 
 LOW, PEAK, WARMUP, SPAN = 1e-6, 0.008, 10, 110
 

@@ -16,8 +16,9 @@ from torch.nn import functional
 from tests.support.patience import PATIENCE
 from training import models
 from training.checks import with_fitting_batches
-from training.config import ConfigError, load
 from training.methods import Ema, Mixup, ProgressiveResizing
+from training.settings import load
+from training.values import ConfigError
 
 BATCH, CLASSES = 16, 5
 

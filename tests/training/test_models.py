@@ -9,8 +9,9 @@ import torch
 from torch.profiler import profile
 
 from training import checks, models, optimizers
-from training.config import ConfigError, load
 from training.lr import Schedule
+from training.settings import load
+from training.values import ConfigError
 
 # One of each kind: the larger ones differ in numbers only.
 LARGE = {"simplevit-s16", "simplevit-b16", *models.TORCHVISION[1:]}

@@ -22,12 +22,13 @@ from tests.support.program import ROOT, start
 from tests.support.refusals import check, told
 from training import export
 from training.checkpoint import files as checkpoint
-from training.config import Config, load
+from training.config import Config
 from training.named import KINDS
 from training.optimizers import period, rule
 from training.plan.plan import plan
 from training.plan.report import report
 from training.report.command import main as report_main
+from training.settings import load
 
 from .runs import SHORT, one_line, weights
 

@@ -16,10 +16,12 @@ import torch
 
 from experiments import rules
 from tests.support.patience import PATIENCE
-from training.config import ROOT, ConfigError, fields
+from training.config import fields
 from training.plan.cost import Message, Scenario
-from training.plan.plan import Options, Plan, help_text, plan
+from training.plan.options import Options, help_text
+from training.plan.plan import Plan, plan
 from training.plan.report import report
+from training.values import ROOT, ConfigError
 
 PAGE = (ROOT / "docs" / "choosing-alpha.md").read_text()
 VIT = (

@@ -125,8 +125,8 @@ def test_replicas_that_do_not_come_are_not_waited_for_all_day(flags, tmp_path: P
     alone = tmp_path / "alone.py"
     alone.write_text(
         "import sys\nfrom datetime import timedelta\nimport main\n"
-        "from training import config, engine\n"
-        "engine.ARRIVAL = timedelta(seconds=3)\nmain.main(config.load(sys.argv[1:]))\n"
+        "from training import distributed, settings\n"
+        "distributed.ARRIVAL = timedelta(seconds=3)\nmain.main(settings.load(sys.argv[1:]))\n"
     )
     outcome = start(*flags, script=alone, world_size=2, absent=1)
     assert "not all 2 replicas met at 127.0.0.1" in one_line(outcome)

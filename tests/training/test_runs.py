@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Once
 from tests.data.test_cifar10 import make_folder
 from tests.support.program import ROOT, start
-from training.config import load
+from training.settings import load
 
 from .runs import SHORT, weights
 

@@ -19,7 +19,8 @@ from tests.support.patience import PATIENCE
 from tests.support.program import ROOT, Running, start
 from tests.support.ranks import run
 from training.checkpoint import files, resume
-from training.config import Config, ConfigError
+from training.config import Config
+from training.values import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +97,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import main
-from training import config
+from training import settings
 from training.checkpoint import resume
 
 restored = resume._restored
@@ -109,7 +110,7 @@ def slow(folder, *rest):
     return restored(folder, *rest)
 
 resume._restored = slow
-sys.exit(main.main(config.load(sys.argv[1:])))
+sys.exit(main.main(settings.load(sys.argv[1:])))
 '''
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from localopt import BMUF, Rule
 from localopt.sync import RULES
-from training import config
-from training.config import Config, ConfigError
+from training import settings
+from training.config import Config
 from training.optimizers import rule
+from training.values import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +29,7 @@ RECIPES = [
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_the_rule_of_its_name(path: Path) -> None:
-    loaded = config.load(["--recipe-pth", str(path)])
+    loaded = settings.load(["--recipe-pth", str(path)])
     assert path.stem == f"digits-resnet-{loaded.sync}"
     assert isinstance(rule(loaded), Rule)
 

@@ -22,8 +22,9 @@ from localopt.saved import KEY, own_state
 from localopt.sync import RULES
 
 from .. import models
-from ..config import DEFAULTS, ConfigError, absolute
+from ..config import DEFAULTS
 from ..evaluate import has_batch_norm
+from ..values import ConfigError, absolute
 from . import files
 from .files import MANIFEST, CheckpointError
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..config import shortened
+from ..values import shortened
 
 MANIFEST = "manifest.json"
 FORMAT = 2

@@ -14,13 +14,13 @@ import yaml
 from torch import nn
 from torch.optim import Optimizer
 
-from localopt import LocalOptimizer
 from localopt.collective import Collective
 from localopt.faults import control
 from localopt.merge import merged
 
-from ..config import DEFAULTS, HOST_KEYS, Config, ConfigError, absolute, shortened
-from ..optimizers import DataParallel
+from ..config import DEFAULTS, HOST_KEYS, Config
+from ..engine import ReplicaOptimizer
+from ..values import ConfigError, absolute, shortened
 from . import files
 from .files import MANIFEST, CheckpointError, sha256
 from .saver import Counting, State
@@ -332,7 +332,7 @@ def _for_other_replicas(
 
 
 def _load_optimizer(
-    optimizer: Optimizer | LocalOptimizer | DataParallel, saved: dict[str, Any], where: str
+    optimizer: Optimizer | ReplicaOptimizer, saved: dict[str, Any], where: str
 ) -> None:
     """Restore an optimizer; its settings stay those of this run's config."""
     configured = [
@@ -348,7 +348,7 @@ def _load_optimizer(
 
 
 def _load_inner_optimizer(
-    config: Config, optimizer: LocalOptimizer | DataParallel, collective: Collective
+    config: Config, optimizer: ReplicaOptimizer, collective: Collective
 ) -> None:
     path = absolute(config.optimizer_resume_pth)
     # Data-parallel replicas have one state: a local run's would take them apart.

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from localopt import LocalOptimizer
 from localopt.collective import Collective
 from localopt.faults import control
 
 from ..config import PER_HOST, Config
-from ..engine import PATIENCE
-from ..optimizers import DataParallel
+from ..distributed import PATIENCE
+from ..engine import ReplicaOptimizer
 from . import files
 
 
@@ -47,10 +46,14 @@ class Counting(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """All that changes in training on one rank; ``scaler`` and ``ema`` where the run has them."""
+    """All that changes in training on one rank; ``scaler`` and ``ema`` where the run has them.
+
+    ``centre`` says whether the consensus is kept in the optimizer's state.
+    """
 
     model: nn.Module
-    optimizer: LocalOptimizer | DataParallel
+    optimizer: ReplicaOptimizer
+    centre: bool = False
     scaler: Stateful | None = None
     ema: Stateful | None = None
 
@@ -135,8 +138,8 @@ class Saver:
             saved["cuda_rng"] = torch.get_device_module().get_rng_state()  # of any accelerator
         if self._config.save_opt:
             saved["optimizer"] = state.optimizer.state_dict()
-        elif isinstance(state.optimizer, LocalOptimizer):
-            saved["centre"] = state.optimizer.sync.centre  # what is missing of the consensus
+        else:
+            saved["centre"] = state.centre  # what is missing of the consensus
         saved |= {key: part.state_dict() for key, part in state.beside.items()}
         self._copy = copied(saved, self._copy)
         return self._copy

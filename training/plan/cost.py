@@ -23,8 +23,9 @@ from localopt import Period, Rule, Sending
 from localopt.buffers import BufferPolicy, Buffers
 
 from .. import optimizers
-from ..config import Config, ConfigError
+from ..config import Config
 from ..lr import Schedule
+from ..values import ConfigError
 
 PARAMETER = 4  # bytes: weights are float32, whatever the autocast
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from ..settings import Parser
+from ..values import ConfigError
 from . import draw
 from .charts import sections
 from .page import page
@@ -56,14 +56,9 @@ def write(files: Mapping[str, bytes | None], out: Path) -> None:
                 out.rmdir()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ReportError(f"{message}; see --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m training.report",
         description="Draw what runs have recorded: a page that needs no other file, and PNGs.",
     )
@@ -76,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = flags.out or flags.runs[0] / "report"
         runs = read(flags.runs)
         write(report(runs), out)
-    except ReportError as error:
+    except (ConfigError, ReportError) as error:
         print(f"training.report: {error}", file=sys.stderr)
         return 2
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"

@@ -1,0 +1,115 @@
+"""Who started this process: one entry per launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .values import ConfigError
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A program that starts the replicas.
+
+    Attributes:
+        commands: what its own processes have among the first words of their command lines.
+        over_ssh: of these the one that it starts on other hosts through ssh.
+        hostfile_flags: its flags for a host file, which it does without if it is missing.
+        count: where it says how many processes it has started, if it gives them no RANK.
+    """
+
+    commands: tuple[str, ...] = ()
+    over_ssh: str = ""
+    hostfile_flags: tuple[str, ...] = ()
+    count: str = ""
+
+
+LAUNCHERS = {
+    "deepspeed": Launcher(
+        commands=("deepspeed",),
+        over_ssh="deepspeed.launcher.launch",
+        hostfile_flags=("-H", "--hostfile"),
+    ),
+    "torchrun": Launcher(commands=("torchrun", "torch.distributed.run")),
+    "srun": Launcher(count="SLURM_STEP_NUM_TASKS"),
+    "mpirun": Launcher(count="OMPI_COMM_WORLD_SIZE"),
+    "mpiexec": Launcher(count="PMI_SIZE"),
+}
+
+
+def check() -> None:
+    """Refuse a start that would leave replicas out, or let each train alone.
+
+    Raises:
+        ConfigError: if a launcher's host file is missing, or it gives its processes no ranks.
+    """
+    for _, arguments, folder in _processes_above():
+        if launcher := _launcher(arguments):
+            _require_hostfile(launcher, arguments, folder)
+    if "RANK" in os.environ:
+        return
+    for launcher in LAUNCHERS.values():
+        if launcher.count and int(os.environ.get(launcher.count, "1")) > 1:
+            raise ConfigError(
+                f"{launcher.count} is {os.environ[launcher.count]}, but RANK is not set: every "
+                "process would train alone; start main.py with deepspeed or torchrun"
+            )
+
+
+def _require_hostfile(launcher: Launcher, arguments: list[str], folder: Path) -> None:
+    """DeepSpeed only warns of a missing one, and trains on fewer replicas.
+
+    It does not pass the flag on, so it is looked for in the processes above this one.
+    """
+    for flag, value in itertools.pairwise(arguments):
+        name, _, joined = flag.partition("=")
+        hostfile = folder / (joined or value)
+        if name in launcher.hostfile_flags and not hostfile.is_file():
+            raise ConfigError(
+                f"hostfile {hostfile} is missing: write one line per host, such as "
+                "`localhost slots=2`"
+            )
+
+
+def processes() -> list[int]:
+    """The processes above this one that launched it: without them nobody waits for the run.
+
+    They are a launcher's own, or the ssh session through which it has started one on this host.
+    """
+    found: list[int] = []
+    remote = False
+    for pid, arguments, _ in _processes_above():
+        if launcher := _launcher(arguments):
+            remote = bool(launcher.over_ssh) and launcher.over_ssh in _first_words(arguments)
+            found.append(pid)
+        elif remote and arguments[0].startswith("sshd"):
+            return [*found, pid]
+    return found
+
+
+def _launcher(arguments: list[str]) -> Launcher | None:
+    """Whose process has this command line."""
+    words = _first_words(arguments)
+    fitting = (one for one in LAUNCHERS.values() if any(name in words for name in one.commands))
+    return next(fitting, None)
+
+
+def _first_words(arguments: list[str]) -> str:
+    return " ".join(arguments[:4])
+
+
+def _processes_above() -> Iterator[tuple[int, list[str], Path]]:
+    """Number, command line and working directory of this process's ancestors, where visible."""
+    pid = os.getppid()
+    with contextlib.suppress(OSError):
+        while pid > 1:
+            process = Path("/proc", str(pid))
+            arguments = (process / "cmdline").read_text().split("\0")
+            yield pid, arguments, (process / "cwd").readlink()
+            # "pid (name) state parent …": the name may hold spaces.
+            pid = int((process / "stat").read_text().rpartition(")")[2].split()[1])
