@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -46,13 +47,18 @@ def main(config: Config) -> int:
 
 
 class _Unbreakable(io.FileIO):
-    """What is written when nobody reads any more is lost; a launcher that has ended leaves that."""
+    """What cannot be written is lost: nobody reads it any more, or the disk behind it is full."""
 
     def write(self, data: object) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in _LOST:
+                raise
             return memoryview(data).nbytes
+
+
+_LOST = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def _unbreakable(stream: io.TextIOBase) -> io.TextIOBase:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,30 +21,6 @@ class Logger(Protocol):
 
     def close(self, *, failed: bool) -> None:
         """No record follows."""
-
-
-class JsonLines:
-    """One JSON object a line, flushed at once."""
-
-    def __init__(self, path: Path, kept: int | None = None) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        if kept is not None and kept < path.stat().st_size:
-            self._file.truncate(kept)  # what followed is told once more
-
-    @property
-    def size(self) -> int:
-        """Bytes so far."""
-        return os.fstat(self._file.fileno()).st_size
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
-
-    def preempted(self) -> None:
-        pass
-
-    def close(self, *, failed: bool) -> None:
-        self._file.close()
 
 
 class Wandb:
@@ -104,12 +77,3 @@ def _by_rank(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}/rank {rank}", item) for rank, item in enumerate(value))
         else:
             yield key, value
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with None for the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

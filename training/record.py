@@ -18,11 +18,13 @@ from data.loaders import Pace
 
 from .checkpoint.files import lock, write_text
 from .checkpoint.resume import Start
+from .checkpoint.saver import SaveError
 from .config import Config
 from .distributed import Process
 from .engine import Measures, ReplicaOptimizer
 from .evaluate import Evaluation
-from .loggers import JsonLines, Logger, Wandb
+from .loggers import Wandb
+from .record_file import Guarded, RecordFile, complain
 from .values import ConfigError
 
 PREEMPTED = "preempted"  # the marker of a run that was asked to stop
@@ -75,16 +77,15 @@ class Recorder:
         self._first_step: float | None = None  # when this process made it, pauses left out
         self._epochs = 0
         kept = self._take_up(start) if start.recorder else None
-        self._loggers: list[Logger] = []
+        self._loggers: list[Guarded] = []
         self._lock: BinaryIO | None = None
-        self._file: JsonLines | None = None
+        self._file: RecordFile | None = None
         if process.rank == 0:
             self._lock = start.lock or _held(folder)
             (folder / PREEMPTED).unlink(missing_ok=True)
-            self._file = JsonLines(folder / "metrics.jsonl", kept)
-            self._loggers.append(self._file)
+            self._file = RecordFile(folder / "metrics.jsonl", kept, start.step)
             if config.wandb != "disabled":
-                self._loggers.append(Wandb(config, folder))
+                self._loggers.append(Guarded(Wandb(config, folder)))
         self._bar = tqdm(
             total=total_steps,
             initial=start.step,
@@ -107,6 +108,11 @@ class Recorder:
             "paused": self._paused,
             "file": None if self._file is None else self._file.size,
         }
+
+    def sync(self) -> None:
+        """Have what `state_dict` has counted written to the disk."""
+        if self._file is not None:
+            self._file.sync()
 
     def _take_up(self, start: Start) -> int | None:
         """Go on from what `state_dict` gave; return how much of the metrics file stands."""
@@ -244,8 +250,14 @@ class Recorder:
                 "images_per_second": images / seconds,
             }
             self._write(summary)
-            write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(_table(summary, self.folder, self.config), flush=True)
+            file = self.folder / "summary.json"
+            try:
+                write_text(file, json.dumps(summary, indent=2) + "\n")
+            except OSError as error:
+                raise SaveError(
+                    f"cannot write {file}: {error.strerror}: the run is over, and looks unfinished"
+                ) from None
         self.close()
 
     def preempted(self, step: int, reason: str) -> None:
@@ -254,7 +266,10 @@ class Recorder:
         if self.process.rank == 0:
             now = datetime.now().isoformat("T", "seconds")
             told = {"step": step, "reason": reason, "time": now}
-            write_text(self.folder / PREEMPTED, json.dumps(told) + "\n")
+            try:
+                write_text(self.folder / PREEMPTED, json.dumps(told) + "\n")
+            except OSError as error:  # the checkpoint is there: that is what counts
+                complain(f"{self.folder / PREEMPTED}: {error.strerror}")
             for logger in self._loggers:
                 logger.preempted()
 
@@ -264,6 +279,8 @@ class Recorder:
         for logger in self._loggers:
             logger.close(failed=failed)
         self._loggers = []
+        if self._file is not None:
+            self._file.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -284,6 +301,8 @@ class Recorder:
         }
 
     def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(record)
         for logger in self._loggers:
             logger.write(record)
 

@@ -19,7 +19,7 @@ from localopt.collective import Collective
 from localopt.faults import control
 
 from . import named
-from .checkpoint.files import write_text
+from .checkpoint import files
 from .config import Config
 from .values import ROOT, ConfigError, absolute
 
@@ -32,15 +32,15 @@ def make_folder(config: Config, collective: Collective) -> Path:
     name = control.gather(collective, f"{config.data}-{config.model}-{config.optimizer}-{stamp}")[0]
     folder = absolute(config.log_pth) / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
+        if collective.rank == 0:
+            environment = json.dumps(_environment(config, collective), indent=2) + "\n"
+            files.write_text(folder / "environment.json", environment)
+            # Last: a folder with its config is a run's.
+            settings = yaml.safe_dump(config.as_dict(), sort_keys=False)
+            files.write_text(folder / "config.yml", settings)
     except OSError as error:
         raise ConfigError(f"log_pth {folder.parent}: {error.strerror}") from None
-    if collective.rank == 0:
-        write_text(folder / "config.yml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-        write_text(
-            folder / "environment.json",
-            json.dumps(_environment(config, collective), indent=2) + "\n",
-        )
     return folder
 
 

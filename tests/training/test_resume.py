@@ -125,6 +125,31 @@ def test_a_damaged_checkpoint_is_passed_over(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("left", ["a broken line", "nothing", "no file", "zeros"])
+def test_records_that_a_power_loss_took_are_named(
+    flags, finished: Path, tmp_path: Path, left: str
+) -> None:
+    """What is left of the file stays, without the line that broke."""
+    shutil.copytree(finished, tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").iterdir()
+    unfinished(folder, 12)
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines[:3]] == [4, 6, 8]
+    first = lines[0] if left in ("a broken line", "zeros") else ""
+    file.write_text(first + {"a broken line": lines[1][:30], "zeros": "\0" * 400}.get(left, ""))
+    if left == "no file":
+        file.unlink()
+    again = start(*flags, *EACH, "--resume", "auto")
+    assert again.codes == [0, 0], again.errors
+    (line,) = again.complaints(0)
+    missing = "the records after step 4" if first else "all records"
+    assert f"{file}: {missing} up to step 9 are missing" in line
+    assert timeless(again.records) == timeless(
+        json.loads(line) for line in ([first] if first else []) + lines[3:]
+    )
+
+
 def test_absurd_manifests_are_passed_over_in_a_line_each(
     flags, finished: Path, tmp_path: Path
 ) -> None:

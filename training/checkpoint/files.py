@@ -126,7 +126,7 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     except OSError:
         if not (final / MANIFEST).exists():  # else: another host on the same disk was first
             raise
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def make_folder(folder: Path) -> None:
@@ -138,12 +138,12 @@ def make_folder(folder: Path) -> None:
     if not folder.exists():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     elif not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have the names in a folder written to the disk: a file's own sync does not do that."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -211,7 +211,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
