@@ -13,7 +13,7 @@ from torch import nn
 from .config import Config
 from .evaluate import has_batch_norm
 from .models import gains_by_compiling, takes_any_resolution
-from .values import ConfigError
+from .values import ConfigError, absolute
 
 
 def with_fitting_batches(config: Config, replicas: int) -> Config:
@@ -91,8 +91,12 @@ def steps_per_epoch(config: Config, images: int) -> int:
     """Steps in an epoch, of the whole batches that ``images`` give.
 
     Raises:
-        ConfigError: if ``config`` asks for more.
+        ConfigError: if there are too few, or ``config`` asks for more.
     """
+    if images < config.total_batch_size:
+        raise ConfigError(
+            f"total_batch_size is {config.total_batch_size}: {config.data} has {images} images"
+        )
     available = images // config.total_batch_size
     if config.steps_per_epoch > available:
         raise ConfigError(
@@ -100,3 +104,12 @@ def steps_per_epoch(config: Config, images: int) -> int:
             f"{available} steps of {config.total_batch_size}"
         )
     return available if config.steps_per_epoch == -1 else config.steps_per_epoch
+
+
+def check_start(config: Config, step: int, total_steps: int) -> None:
+    """Refuse to go on from a step that is past the run's end."""
+    if step > total_steps:
+        raise ConfigError(
+            f"resume_pth {absolute(config.resume_pth)}: step {step}, to go on from, is past "
+            f"this run's end at {total_steps}; raise epochs"
+        )

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from . import loggers
 from .values import ConfigError, checked_path, shortened
 
 
@@ -103,6 +104,7 @@ class Config:
     save_steps: int = _setting(0, "records", "steps between checkpoints, also in the middle of a round or epoch; 0: only as save_freq says")
     save_keep: int = _setting(2, "records", "newest checkpoints to keep, besides the one with the best top-1 accuracy; 0: all")
     save_opt: bool = _setting(True, "records", "save optimizer state, so that the run can be resumed")
+    loggers: tuple[str, ...] = _setting((), "records", "where records go besides metrics.jsonl, by name: tensorboard, mlflow")
     wandb: Literal["online", "offline", "offline-sync", "disabled"] = _setting("disabled", "records", "Weights & Biases; offline-sync: offline, and wandb-osh uploads from another host")
     wandb_project: str = _setting("localopt", "records", "its project (host file)")
     wandb_entity: str = _setting("", "records", "its account or team (host file)")
@@ -151,6 +153,8 @@ class Config:
         for name in _PATHS:
             checked_path(getattr(self, name), name)
         checked_path(os.path.join(self.data_pth, self.data), "data")
+        with self._complaining("loggers"):
+            loggers.check(self.loggers)
         self._check_synchronisation()
         self._check_resuming()
         if self.nesterov and self.momentum == 0:

@@ -1,20 +1,28 @@
-"""Where a run's records go: one small class each."""
+"""Where a run's records go: one small class each, in `LOGGERS` where it is chosen by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from .config import Config
-from .values import ConfigError
+from .values import ConfigError, did_you_mean
+
+Record = Mapping[str, Any]
 
 
-class Logger(Protocol):
-    """Where records go."""
+class Logger:
+    """Takes records; the "step" of one is the number of steps finished.
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Take one record; its "step" is the number of steps finished."""
+    Args of those in `LOGGERS`:
+        settings: the run's, by name.
+        folder: the run's.
+        step: where the run begins, or goes on.
+    """
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+        raise NotImplementedError
 
     def preempted(self) -> None:
         """The run stops before its end."""
@@ -23,34 +31,36 @@ class Logger(Protocol):
         """No record follows."""
 
 
-class Wandb:
+class Wandb(Logger):
     """Weights & Biases, by its own rules of login; "offline" needs none.
 
     "offline-sync" is for hosts without internet: after each evaluation it asks wandb-osh, which
     runs on a host that shares the disk, to upload what there is.
     """
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, settings: Mapping[str, Any], folder: Path, step: int) -> None:
         import wandb
 
-        self._ask_for_upload = _upload_hook() if config.wandb == "offline-sync" else None
+        mode, self._ask_for_upload = settings["wandb"], None
+        if mode == "offline-sync":
+            from wandb_osh.hooks import TriggerWandbSyncHook
+
+            mode, self._ask_for_upload = "offline", TriggerWandbSyncHook()
         self._run = wandb.init(
-            project=config.wandb_project,
-            entity=config.wandb_entity or None,
-            tags=config.wandb_tags,
-            mode="offline" if self._ask_for_upload else config.wandb,
+            project=settings["wandb_project"],
+            entity=settings["wandb_entity"] or None,
+            tags=settings["wandb_tags"],
+            mode=mode,
             dir=folder,
             name=folder.name,
             id=folder.name,  # a run that is continued goes on with its own curves
             resume="allow",
-            config=config.as_dict(),
+            config=dict(settings),
         )
 
-    def write(self, record: dict[str, Any]) -> None:
-        kind, step = record["kind"], record["step"]
-        values = {f"{kind}/{k}": v for k, v in _by_rank(record) if k not in ("kind", "step")}
-        self._run.log(values, step=step)
-        if self._ask_for_upload and kind in ("val", "summary"):
+    def write(self, record: Record) -> None:
+        self._run.log(dict(curves(record)), step=record["step"])
+        if self._ask_for_upload and record["kind"] in ("val", "summary"):
             self._ask_for_upload()
 
     def preempted(self) -> None:
@@ -60,20 +70,83 @@ class Wandb:
         self._run.finish(exit_code=int(failed))
 
 
-def _upload_hook() -> Callable[[], None]:
-    try:
-        from wandb_osh.hooks import TriggerWandbSyncHook
-    except ImportError:
-        raise ConfigError(
-            "wandb is offline-sync: package wandb-osh is missing; pip install wandb-osh"
-        ) from None
-    return TriggerWandbSyncHook()
+class TensorBoard(Logger):
+    """TensorBoard's event files, in folder tensorboard of the run's."""
+
+    def __init__(self, settings: Mapping[str, Any], folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an earlier process recorded past this step is recorded once more.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        for name, value in curves(record):
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self, *, failed: bool) -> None:
+        self._writer.close()
 
 
-def _by_rank(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The items of ``record``, a list as an item per rank: a curve each."""
-    for key, value in record.items():
-        if isinstance(value, list):
-            yield from ((f"{key}/rank {rank}", item) for rank, item in enumerate(value))
+class MLflow(Logger):
+    """MLflow, where its own environment variables say; a run that is continued goes on there."""
+
+    def __init__(self, settings: Mapping[str, Any], folder: Path, step: int) -> None:
+        import mlflow
+
+        self._mlflow, self._status, known = mlflow, "FINISHED", folder / "mlflow-run"
+        if known.exists():
+            mlflow.start_run(run_id=known.read_text(encoding="utf-8"))
         else:
-            yield key, value
+            run = mlflow.start_run(run_name=folder.name)
+            mlflow.log_params(dict(settings))
+            known.write_text(run.info.run_id, encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._mlflow.log_metrics(dict(curves(record)), step=record["step"])
+
+    def preempted(self) -> None:
+        self._status = "KILLED"
+
+    def close(self, *, failed: bool) -> None:
+        self._mlflow.end_run("FAILED" if failed else self._status)
+
+
+LOGGERS: dict[str, type[Any]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
+
+
+def check(names: tuple[str, ...]) -> None:
+    """Raise ValueError for a name that no logger has."""
+    for name in names:
+        if name not in LOGGERS:
+            hint = did_you_mean(name, list(LOGGERS))
+            raise ValueError(f"there is no {name!r}, only {', '.join(LOGGERS)}{hint}")
+
+
+def chosen(settings: Mapping[str, Any], folder: Path, step: int) -> list[Logger]:
+    """The loggers that ``settings`` ask for, besides metrics.jsonl.
+
+    Raises:
+        ConfigError: if what one needs is not installed.
+    """
+    kinds = {f"loggers has {name}": LOGGERS[name] for name in settings["loggers"]}
+    if settings["wandb"] != "disabled":
+        kinds[f"wandb is {settings['wandb']}"] = Wandb
+    made = []
+    for why, kind in kinds.items():
+        try:
+            made.append(kind(settings, folder, step))
+        except ImportError as error:
+            missing = (error.name or kind.__name__.lower()).partition(".")[0]
+            advice = f"package {missing} is missing; pip install {missing}".replace("_", "-")
+            raise ConfigError(f"{why}: {advice}") from None
+    return made
+
+
+def curves(record: Record) -> Iterator[tuple[str, float]]:
+    """The numbers of ``record`` by name, those of a list as a curve for each rank."""
+    for key, value in record.items():
+        name = f"{record['kind']}/{key}"
+        if isinstance(value, list):
+            yield from ((f"{name}/rank {rank}", item) for rank, item in enumerate(value))
+        elif isinstance(value, int | float) and key != "step":
+            yield name, value

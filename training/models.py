@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -140,6 +140,15 @@ MODELS: dict[str, Build] = {
     "resnet-digits": lambda classes, resolution: ResNetDigits(classes),
     "resnet18-cifar": _resnet18_cifar,
 }
+
+
+def of(settings: Mapping[str, Any], classes: int) -> nn.Module:
+    """The model of a run with these ``settings``; errors as those of `build`."""
+    same = ("resolution", "blurpool", "squeeze_excite", "channels_last")
+    given = {key: settings[key] for key in same}
+    return build(
+        settings["model"], classes=classes, seed=settings["init_model_by_seed"], **given
+    )
 
 
 def build(

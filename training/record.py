@@ -23,7 +23,7 @@ from .config import Config
 from .distributed import Process
 from .engine import Measures, ReplicaOptimizer
 from .evaluate import Evaluation
-from .loggers import Wandb
+from .loggers import chosen
 from .record_file import Guarded, RecordFile, complain
 from .values import ConfigError
 
@@ -84,8 +84,8 @@ class Recorder:
             self._lock = start.lock or _held(folder)
             (folder / PREEMPTED).unlink(missing_ok=True)
             self._file = RecordFile(folder / "metrics.jsonl", kept, start.step)
-            if config.wandb != "disabled":
-                self._loggers.append(Guarded(Wandb(config, folder)))
+            loggers = chosen(config.as_dict(), folder, start.step)
+            self._loggers = [Guarded(logger) for logger in loggers]
         self._bar = tqdm(
             total=total_steps,
             initial=start.step,

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .checkpoint.files import sync_folder
-from .loggers import Logger
+from .loggers import Logger, Record
 from .values import ConfigError
 
 _TAIL = 2**20  # bytes that are looked at for the last record that is whole
@@ -75,7 +75,7 @@ class RecordFile:
         """Bytes so far."""
         return os.fstat(self._file.fileno()).st_size
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Append a record; its "step" is the number of steps finished."""
         step = record["step"]
         try:
@@ -148,7 +148,7 @@ class Guarded:
         self._logger, self._lost = logger, 0
         self._name = type(logger).__name__
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         step = record["step"]
         try:
             self._logger.write(record)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from data.dataset import DataError, checked, sha256
+from data.dataset import DESCRIPTION, TRAIN, VAL, DataError, checked, sha256
 from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
 from localopt import (
@@ -60,7 +60,6 @@ class Run:
     folder: Path
     schedule: Schedule
     engine: Engine
-    optimizer: ReplicaOptimizer
     train_data: TrainData
     val_data: ValData
     collective: Collective
@@ -79,6 +78,11 @@ class Run:
             for method in self.methods:
                 batch = method(batch, step, micro_step)
             yield batch
+
+    @property
+    def optimizer(self) -> ReplicaOptimizer:
+        """The engine's."""
+        return self.engine.optimizer
 
     @property
     def ema(self) -> Ema | None:
@@ -154,45 +158,22 @@ def _assembled(
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
     config = checks.with_compile(config, process.device)
-    _agree_on_data(config, process, collective)
-    if config.resolution == -1:
-        side = stored_side(_data_folder(config) / "train.beton")
-        config = checks.with_resolution(config, side)
+    config, steps_per_epoch = _agreed_on_data(config, process, collective)
     train_data, val_data = _open_data(config, process)
-    steps_per_epoch = checks.steps_per_epoch(config, train_data.images)
     schedule = Schedule.of(config, steps_per_epoch)
-
-    model = models.build(
-        config.model,
-        classes=train_data.num_classes,
-        resolution=config.resolution,
-        seed=config.init_model_by_seed,
-        blurpool=config.blurpool,
-        squeeze_excite=config.squeeze_excite,
-        channels_last=config.channels_last,
+    engine = _replica(config, process, schedule, train_data.num_classes)
+    state = saver.State(
+        engine.model, engine.optimizer, engine.centre, engine.scaler, _ema(config, engine.model)
     )
-    if weights := resume.weights_file(config):
-        resume.load_weights(weights, model)  # before the optimizer: rules anchor to what they find
-    model.to(process.device)
-    checks.check_model(config, model, collective.world_size)
-    torch.manual_seed(config.seed * 1_000_003 + process.rank)  # dropout: each replica its own
-    optimizer = optimizers.build(config, model, schedule)
-    trainer = engine_of(config, model, optimizer, process.world_size)
-    state = saver.State(model, optimizer, trainer.centre, trainer.scaler, _ema(config, model))
     start = resume.restore(config, state, collective, steps_per_epoch)
-    if start.step > schedule.total_steps:
-        raise ConfigError(
-            f"resume_pth {absolute(config.resume_pth)}: step {start.step}, to go on from, is past "
-            f"this run's end at {schedule.total_steps}; raise epochs"
-        )
+    checks.check_start(config, start.step, schedule.total_steps)
     folder = start.folder or run_folder.make_folder(config, collective)
     recorder = record.Recorder(
-        config, folder, process, optimizer, schedule.total_steps, steps_per_epoch, start,
-        counted_from=start.step if weights else 0,
+        config, folder, process, engine.optimizer, schedule.total_steps, steps_per_epoch, start,
+        counted_from=start.step if resume.weights_file(config) else 0,
     )  # fmt: skip
-    checkpoints = folder / "checkpoints"
     if start.folder and process.local_rank == 0:
-        files.set_aside(checkpoints, after=start.step)
+        files.set_aside(folder / "checkpoints", after=start.step)
     control.gather(collective, "cleared")
     try:
         yield Run(
@@ -200,8 +181,7 @@ def _assembled(
             process=process,
             folder=folder,
             schedule=schedule,
-            engine=trainer,
-            optimizer=optimizer,
+            engine=engine,
             train_data=train_data,
             val_data=val_data,
             collective=collective,
@@ -209,18 +189,30 @@ def _assembled(
             watch=watch,
             state=state,
             saver=saver.Saver(
-                checkpoints, config, collective,
+                folder / "checkpoints", config, collective,
                 publishes=process.local_rank == 0, versions=run_folder.versions(),
                 saved_at=start.step if start.folder else None,
             ),
             methods=_methods(config, process, train_data.num_classes, schedule.total_steps),
             steps_per_epoch=steps_per_epoch,
             start=start,
-        )
+        )  # fmt: skip
     except BaseException:
         recorder.close(failed=True)
         raise
     recorder.close()
+
+
+def _replica(config: Config, process: Process, schedule: Schedule, classes: int) -> Engine:
+    """The model, with the weights to start from, on its device and in its engine."""
+    model = models.of(config.as_dict(), classes)
+    if weights := resume.weights_file(config):
+        resume.load_weights(weights, model)  # before the optimizer: rules anchor to what they find
+    model.to(process.device)
+    checks.check_model(config, model, process.world_size)
+    torch.manual_seed(config.seed * 1_000_003 + process.rank)  # dropout: each replica its own
+    optimizer = optimizers.build(config, model, schedule)
+    return engine_of(config, model, optimizer, process.world_size)
 
 
 def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) -> None:
@@ -279,18 +271,25 @@ def _randaugment(config: Config) -> RandAugment | None:
     )
 
 
-def _agree_on_data(config: Config, process: Process, collective: Collective) -> None:
-    """Write the embedded data set where it is missing, once per host; raise if hosts' differ."""
+def _agreed_on_data(
+    config: Config, process: Process, collective: Collective
+) -> tuple[Config, int]:
+    """Settings that the data set fits, which all hosts have alike, and the steps in an epoch.
+
+    The embedded data set is written where it is missing, once per host.
+    """
     folder = _data_folder(config)
-    missing = not (folder / "dataset.json").exists()
-    if config.data == "digits" and process.local_rank == 0 and missing:
+    description, train = folder / DESCRIPTION, folder / TRAIN
+    if config.data == "digits" and process.local_rank == 0 and not description.exists():
         from data import write  # imports scikit-learn, which takes a second
 
         write.write("digits", {"size": 32, "split": "test"}, folder)
     control.gather(collective, "data are there")
-    description = folder / "dataset.json"
-    told = sha256(description) if description.exists() else "none"
-    control.agree(collective, [f"data {config.data}: {told}"], control.TIMEOUT)
+    found = sha256(description) if description.exists() else "none"
+    control.agree(collective, [f"data {config.data}: {found}"], control.TIMEOUT)
+    if config.resolution == -1:
+        config = checks.with_resolution(config, stored_side(train))
+    return config, checks.steps_per_epoch(config, checked(train).files[train.name].images)
 
 
 def _data_folder(config: Config) -> Path:
@@ -306,14 +305,8 @@ def _open_data(config: Config, process: Process) -> tuple[TrainData, ValData]:
         "workers": config.nw,
         "device": process.device,
     }
-    train = folder / "train.beton"
-    images = checked(train).files[train.name].images
-    if images < config.total_batch_size:
-        raise ConfigError(
-            f"total_batch_size is {config.total_batch_size}: {train} has {images} images"
-        )
     train_data = TrainData(
-        train,
+        folder / TRAIN,
         total_batch=config.total_batch_size,
         physical_batch=config.physical_batch_size,
         seed=config.seed,
@@ -325,7 +318,7 @@ def _open_data(config: Config, process: Process) -> tuple[TrainData, ValData]:
         **common,
     )
     val_data = ValData(
-        folder / "val.beton",
+        folder / VAL,
         batch=config.physical_batch_size,
         crop_ratio=config.val_crop_ratio,
         **common,

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from .config import DEFAULTS, FIELDS, HOST_KEYS, TYPES, Config
+from .loggers import LOGGERS
 from .values import ROOT, ConfigError, absolute, checked_path, converted, shortened
 
 DEFAULT_RECIPE = "recipe/digits-vit-localadamw-qsr.yml"
@@ -221,6 +222,11 @@ def _parser(more_help: Callable[[], str] | None) -> Parser:
     groups = {title: parser.add_argument_group(title) for title in titles}
     for name, f in FIELDS.items():
         _add_flag(groups[f.metadata["group"]], name, f)
+    for name in LOGGERS:
+        groups["records"].add_argument(
+            f"--{name}", dest="loggers", action="append_const", const=name,
+            help=f"the same as --loggers {name}; such flags add up",
+        )  # fmt: skip
     # What deepspeed.add_config_arguments adds; the engine is always DeepSpeed's.
     groups["machine"].add_argument("--deepspeed", action="store_true", help="accepted, always on")
     for flag, options in (

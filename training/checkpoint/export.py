@@ -173,14 +173,7 @@ def _filled(
     """The run's model with ``weights``, and how many classes it has."""
     classes = len(list(weights.values())[-1])  # the head's bias comes last
     try:
-        model = models.build(
-            settings["model"],
-            classes=classes,
-            resolution=settings["resolution"],
-            seed=0,
-            blurpool=settings["blurpool"],
-            squeeze_excite=settings["squeeze_excite"],
-        )
+        model = models.of(settings, classes)
         model.load_state_dict(weights)
     except (ConfigError, RuntimeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])

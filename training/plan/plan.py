@@ -119,10 +119,6 @@ def plan(argv: Sequence[str]) -> Plan:
     nodes = nodes_of(options)
     config = checks.with_fitting_batches(config, len(nodes))
     data, source = _data_set(config, options)
-    if data.images < config.total_batch_size:
-        raise ConfigError(
-            f"total_batch_size is {config.total_batch_size}: {config.data} has {data.images} images"
-        )
     steps_per_epoch = checks.steps_per_epoch(config, data.images)
     schedule = Schedule.of(config, steps_per_epoch)
     if schedule.total_steps > _MOST_STEPS:
@@ -189,21 +185,11 @@ def _model(config: Config, classes: int) -> nn.Module:
 
     from .. import models
 
-    def made() -> nn.Module:
-        return models.build(
-            config.model,
-            classes=classes,
-            resolution=config.resolution,
-            seed=config.init_model_by_seed,
-            blurpool=config.blurpool,
-            squeeze_excite=config.squeeze_excite,
-        )
-
     try:
         with torch.device("meta"):
-            return made()
+            return models.of(config.as_dict(), classes)
     except (NotImplementedError, RuntimeError):  # its initialisation reads what it has written
-        return made()
+        return models.of(config.as_dict(), classes)
 
 
 def _variants(config: Config, alphas: Sequence[float]) -> dict[str, Config]:

@@ -15,7 +15,9 @@ _OPTIMIZERS = {
     "adamw": "data-parallel AdamW",
 }
 # Where a run ran and what it left, not what it did.
-_PLACES = {"data_pth", "log_pth", "local_rank", "nw", "resume", "resume_pth", "wandb", "device"}
+_SURROUNDINGS = {
+    "data_pth", "log_pth", "local_rank", "nw", "resume", "resume_pth", "loggers", "wandb", "device",
+}  # fmt: skip
 _AT_MOST = 2  # settings added to a label
 
 
@@ -89,5 +91,5 @@ def _method(settings: Settings) -> str:
 def _differing(settings: Sequence[Settings], method: Sequence[str], label: str) -> list[str]:
     """The settings in which the runs that share ``label`` differ; only the first few."""
     group = [s for s, own in zip(settings, method, strict=True) if own == label]
-    keys = dict.fromkeys(key for s in group for key in s if key not in _PLACES)
+    keys = dict.fromkeys(key for s in group for key in s if key not in _SURROUNDINGS)
     return [key for key in keys if any(s.get(key) != group[0].get(key) for s in group)][:_AT_MOST]
