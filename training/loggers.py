@@ -126,7 +126,7 @@ def chosen(settings: Mapping[str, Any], folder: Path, step: int) -> list[Logger]
     """The loggers that ``settings`` ask for, besides metrics.jsonl.
 
     Raises:
-        ConfigError: if what one needs is not installed.
+        ConfigError: if what one needs is not installed, or it cannot begin.
     """
     kinds = {f"loggers has {name}": LOGGERS[name] for name in settings["loggers"]}
     if settings["wandb"] != "disabled":
@@ -139,7 +139,29 @@ def chosen(settings: Mapping[str, Any], folder: Path, step: int) -> list[Logger]
             missing = (error.name or kind.__name__.lower()).partition(".")[0]
             advice = f"package {missing} is missing; pip install {missing}".replace("_", "-")
             raise ConfigError(f"{why}: {advice}") from None
+        except Exception as error:  # each has its own
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{why}: {type(error).__name__}: {reason[:300]}") from None
     return made
+
+
+def require_login(settings: Mapping[str, Any]) -> None:
+    """Refuse to go online where nobody is logged in: wandb would ask, or give up late.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if settings["wandb"] != "online":
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("wandb is online: package wandb is missing; pip install wandb") from None
+    if not wandb.login(prompt=False):
+        raise ConfigError(
+            "wandb is online, and nobody is logged in on this host: run `wandb login` once, set "
+            "WANDB_API_KEY, or give --wandb offline"
+        )
 
 
 def curves(record: Record) -> Iterator[tuple[str, float]]:

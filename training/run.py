@@ -29,6 +29,7 @@ from . import (
     deepspeed_settings,
     distributed,
     launchers,
+    loggers,
     models,
     optimizers,
     record,
@@ -155,6 +156,8 @@ def _assembled(
     collective: Collective,
     watch: Watch,
 ) -> Iterator[Run]:
+    if process.rank == 0:
+        loggers.require_login(config.as_dict())
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
     config = checks.with_compile(config, process.device)
