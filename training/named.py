@@ -2,31 +2,71 @@
 
 An import path runs code. So only what the command line or a recipe gives comes here, never a name
 that a run has left in its files.
+
+Built-in names, and what a built-in period takes, are known without torch, whose import takes longer
+than all else that a wrong flag waits for.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from localopt import Period, Rule
-from localopt.period import PERIODS
-from localopt.sync import RULES
+from .values import ROOT, did_you_mean
 
-from .values import did_you_mean
+# By setting: the class in localopt that must be made.
+KINDS = {"period": "Period", "sync": "Rule"}
 
-# By setting: what must be made, and the built-in ones.
-KINDS: dict[str, tuple[type, Mapping[str, Callable[..., Any]]]] = {
-    "period": (Period, PERIODS),
-    "sync": (Rule, RULES),
-}
+
+@functools.cache
+def names(setting: str) -> list[str]:
+    """The built-in ones."""
+    if setting == "period":
+        return list(_periods().PERIODS)
+    tree = ast.parse((ROOT / "localopt/sync/__init__.py").read_text(encoding="utf-8"))
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "RULES"
+    )
+    return [ast.literal_eval(key) for key in table.keys]
+
+
+@functools.cache
+def _periods() -> ModuleType:
+    """localopt/period.py by itself: it needs no torch, its package does."""
+    if found := sys.modules.get("localopt.period"):
+        return found
+    name = "training._localopt_period"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "localopt/period.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def base_of(setting: str) -> type:
+    """The class that must be made."""
+    import localopt
+
+    return getattr(localopt, KINDS[setting])
+
+
+def _builtin(setting: str, name: str) -> Callable[..., Any]:
+    from localopt.period import PERIODS
+    from localopt.sync import RULES
+
+    return {"period": PERIODS, "sync": RULES}[setting][name]
 
 
 def is_own(name: str) -> bool:
@@ -36,12 +76,12 @@ def is_own(name: str) -> bool:
 
 def check(setting: str, name: str) -> None:
     """Raise ValueError unless ``name`` is a built-in one or can be an import path. No import."""
-    base, builtin = KINDS[setting]
     if not is_own(name):
+        builtin = names(setting)
         if name not in builtin:
             raise ValueError(
                 f"it must be one of {', '.join(builtin)}, or the import path module:Class of a "
-                f"{base.__name__} of your own{did_you_mean(name, list(builtin))}"
+                f"{KINDS[setting]} of your own{did_you_mean(name, builtin)}"
             )
         return
     module, _, attribute = name.partition(":")
@@ -56,9 +96,9 @@ def maker(setting: str, name: str) -> Callable[..., Any]:
         ValueError: if there is none.
     """
     check(setting, name)
-    base, builtin = KINDS[setting]
     if not is_own(name):
-        return builtin[name]
+        return _builtin(setting, name)
+    base = base_of(setting)
     path, _, attribute = name.partition(":")
     module = _imported(path)
     found = getattr(module, attribute, None)
@@ -134,6 +174,16 @@ def parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         for name, parameter in inspect.signature(make).parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
+
+
+def period_parameters(name: str) -> dict[str, inspect.Parameter]:
+    """What the period of that name takes. Imports what is no built-in one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    check("period", name)
+    return parameters(maker("period", name) if is_own(name) else _periods().PERIODS[name])
 
 
 def types(make: Callable[..., Any]) -> dict[str, Any]:

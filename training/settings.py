@@ -288,10 +288,10 @@ def _parse(argv: Sequence[str], more_help: Callable[[], str] | None) -> dict[str
 
 
 def _name_choices(parser: Parser) -> None:
-    """Let the help show the names of built-in rules and periods, for which torch is imported."""
+    """Let the help show the names of built-in rules and periods."""
     from . import named
 
     for action in parser._actions:
         if action.dest in named.KINDS and action.help is not argparse.SUPPRESS:
-            _, builtin = named.KINDS[action.dest]
-            action.metavar = "{" + ",".join([*builtin, "module:Class"]) + "}"
+            names = [*named.names(action.dest), "module:Class"]
+            action.metavar = "{" + ",".join(names) + "}"
