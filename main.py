@@ -13,9 +13,10 @@ import time
 import traceback
 from typing import NoReturn
 
+from training import launchers, progress
 from training.config import Config
 from training.plan.options import help_text
-from training.settings import load
+from training.settings import load, recipe_of
 from training.values import ConfigError
 
 
@@ -23,13 +24,16 @@ def main(config: Config) -> int:
     """Build what ``config`` names, and train; return the exit status."""
     if config.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take the GPU
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _unbreakable(getattr(sys, name)))
+    # What its C++ says of a connection that ends would bury the line that says why. Read on import.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Imported here: DeepSpeed takes seconds to import, and a wrong flag should not wait for it.
+    progress.say("imports torch, DeepSpeed and FFCV")
     from localopt.faults.watch import DEAD
     from training.loop import train
     from training.run import OWN_ERRORS, LostRankError, assembled
 
-    for name in ("stdout", "stderr"):
-        setattr(sys, name, _unbreakable(getattr(sys, name)))
     try:
         with assembled(config) as run:
             train(run)
@@ -99,7 +103,11 @@ if __name__ == "__main__":
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
             print(text)
             sys.exit()
+        for name in ("stdout", "stderr"):
+            setattr(sys, name, _unbreakable(getattr(sys, name)))
         settings = load(sys.argv[1:], help_text)
+        launchers.check()
+        progress.begin(settings, recipe_of(sys.argv[1:]))
     except ConfigError as problem:
         fail(str(problem))
     sys.exit(main(settings))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data.loaders import Pace
 
+from . import progress
 from .checkpoint.files import lock, write_text
 from .checkpoint.resume import Start
 from .checkpoint.saver import SaveError
@@ -86,6 +87,7 @@ class Recorder:
             self._file = RecordFile(folder / "metrics.jsonl", kept, start.step)
             loggers = chosen(config.as_dict(), folder, start.step)
             self._loggers = [Guarded(logger) for logger in loggers]
+        self._progress = progress.Pace(total_steps)
         self._bar = tqdm(
             total=total_steps,
             initial=start.step,
@@ -139,7 +141,9 @@ class Recorder:
 
     def step(self, step: int, lr: float, measures: Measures) -> None:
         """A step is finished."""
+        self._progress.step(step)
         if self._first_step is None:
+            progress.say("the first step is made")
             self._first_step = time.perf_counter() - self._paused
         self._pending.append(measures)
         self._bar.update()
@@ -177,10 +181,14 @@ class Recorder:
                 record[name] = float(norm)
         self._pending.clear()
         self._write(record)
-        self._bar.set_postfix_str(
+        now = (
             f"loss {loss:.3f}, lr {lr:.2e}, H {self.optimizer.h}, "
             f"syncs {self.optimizer.traffic.syncs}"
         )
+        self._bar.set_postfix_str(now)
+        if self.process.rank == 0 and self._bar.disable and self._progress.due():
+            passed = self._progress.told(step)
+            print(f"step {step:,} of {self.total_steps:,}, {now}; {passed}", flush=True)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the training loss is {loss} at step {step}: lower max_lr, or clip with clip_norm"
@@ -219,7 +227,7 @@ class Recorder:
             tqdm.write(
                 f"epoch {epoch:6.2f}  step {step:6d}  H {self.optimizer.h:5d}  "
                 f"syncs {self.optimizer.traffic.syncs:6d}  val loss {evaluation.loss:.4f}  "
-                f"top-1 {evaluation.top1:.2%}",
+                f"top-1 {evaluation.top1:.2%}  {self._progress.told(step)}",
                 file=sys.stdout,
             )
         if not math.isfinite(evaluation.loss):

@@ -7,7 +7,6 @@ import json
 import platform
 import subprocess
 import sys
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import yaml
 from localopt.collective import Collective
 from localopt.faults import control
 
-from . import named
+from . import named, progress
 from .checkpoint import files
 from .config import Config
 from .values import ROOT, ConfigError, absolute
@@ -28,8 +27,7 @@ _PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "numpy", "vit-pytorch", "tor
 
 def make_folder(config: Config, collective: Collective) -> Path:
     """This run's new folder, the same on all ranks, with its config and environment."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    name = control.gather(collective, f"{config.data}-{config.model}-{config.optimizer}-{stamp}")[0]
+    name = control.gather(collective, progress.name_of(config))[0]
     folder = absolute(config.log_pth) / name
     try:
         files.make_folder(folder)

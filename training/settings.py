@@ -48,6 +48,11 @@ def load(argv: Sequence[str], more_help: Callable[[], str] | None = None) -> Con
     return Config(**settings)
 
 
+def recipe_of(argv: Sequence[str]) -> Path:
+    """The recipe that the command line names, or the default one."""
+    return _found(_parse(argv, None).get("recipe_pth", DEFAULT_RECIPE), "--recipe-pth")
+
+
 def _found(path: str, flag: str) -> Path:
     """``path`` from the working directory, or from the repository if only there is such a file."""
     checked_path(path, flag)
