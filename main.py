@@ -17,6 +17,7 @@ from training import launchers, progress
 from training.config import Config
 from training.plan.options import help_text
 from training.settings import load, recipe_of
+from training.siblings import Siblings
 from training.values import ConfigError
 
 
@@ -30,12 +31,14 @@ def main(config: Config) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Imported here: DeepSpeed takes seconds to import, and a wrong flag should not wait for it.
     progress.say("imports torch, DeepSpeed and FFCV")
+    siblings = Siblings()
+    siblings.start()
     from localopt.faults.watch import DEAD
     from training.loop import train
     from training.run import OWN_ERRORS, LostRankError, assembled
 
     try:
-        with assembled(config) as run:
+        with assembled(config, all_met=siblings.stop) as run:
             train(run)
     except OWN_ERRORS as error:
         fail(f"{type(error).__name__}: {error}")

@@ -52,6 +52,23 @@ def replicas() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def replicas_here() -> int:
+    """How many of them are on this host, as far as the launcher says."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def ranks_here() -> range:
+    """Those of this host: launchers count through the hosts."""
+    first = rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    return range(first, first + replicas_here())
+
+
+def below_one() -> bool:
+    """Whether a launcher has started this process itself."""
+    _, arguments, _ = next(_processes_above(), (0, [], Path()))
+    return _launcher(arguments) is not None
+
+
 def remark() -> str:
     """What a user may not have meant: no launcher, or one that knows of this host only; or ""."""
     start = "`deepspeed --hostfile hostfile main.py` starts one replica per slot"

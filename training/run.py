@@ -16,6 +16,7 @@ from data.dataset import DESCRIPTION, TRAIN, VAL, DataError, checked, sha256
 from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
 from localopt import (
+    AbsentRankError,
     CollectiveError,
     LayoutMismatchError,
     SyncError,
@@ -106,10 +107,14 @@ class LostRankError(RuntimeError):
 
 
 @contextmanager
-def assembled(config: Config) -> Iterator[Run]:
+def assembled(config: Config, all_met: Callable[[], None] = lambda: None) -> Iterator[Run]:
     """Join the other replicas, build what ``config`` names, and close it all at the end.
 
     Meanwhile each rank is watched: one that is lost ends the run on all.
+
+    Args:
+        config: the run's settings.
+        all_met: called as soon as all replicas have met.
 
     Raises:
         ConfigError: if settings do not fit together, the machine or the data.
@@ -122,7 +127,11 @@ def assembled(config: Config) -> Iterator[Run]:
     optimizers.check(config)  # a wrong setting should not wait for the other replicas
     if launchers.replicas() > 1:
         progress.say("meets the other replicas")
-    process = distributed.join(config)
+    try:
+        process = distributed.join(config)
+    except AbsentRankError as error:
+        raise LostRankError(str(error), first=True) from None
+    all_met()
     collective = Collective()
     watch = Watch(
         collective,
