@@ -25,6 +25,7 @@ from ..errors import ranks_text
 from .beats import BeatExchange, Status, Verdict, process
 from .wakeup import Wakeup
 
+_BEHIND = 0.05  # seconds for a SIGINT that came before a SIGTERM, and is handled after it
 DEAD = 3  # exit status of a rank that ends because of another
 _ADVICE = "resume from the newest checkpoint"
 _GONE = ("", "Z", "X")  # states in /proc of a process that does nothing any more
@@ -286,6 +287,10 @@ class Watch:
 
     def _heed(self, numbers: Sequence[int]) -> None:
         """Turn signals, and launchers that have gone, into a request to stop."""
+        if signal.SIGTERM in numbers and signal.SIGINT in self._signals:
+            # Ctrl-C reaches a launcher, too, which passes it on as SIGTERM. Of signals that came
+            # while this process did not run, the last one is handled first.
+            numbers = sorted([*numbers, *self._wakeup.wait(_BEHIND)], key=signal.SIGINT.__ne__)
         self._interrupts += numbers.count(signal.SIGINT)
         if self._interrupts > 1:
             os._exit(128 + signal.SIGINT)

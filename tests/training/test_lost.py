@@ -168,6 +168,21 @@ def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int
 
 
 @pytest.mark.long
+def test_an_interrupt_of_run_sh_is_called_one(flags, tmp_path: Path) -> None:
+    """Ctrl-C reaches the script, which ends the launcher, which sends the ranks SIGTERM."""
+    recipe = "recipe/digits-resnet-localsgd-qsr.yml"
+    command = [str(ROOT / "run-scripts/run.sh"), recipe]
+    script = launched(command, (*flags, "--alpha", "1"), log := tmp_path / "log")
+    until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), script, log)
+    script.send_signal(signal.SIGINT)
+    assert script.wait(PATIENCE) == 130, log.read_text()
+    (marker,) = tmp_path.glob("runs/*/preempted")
+    assert json.loads(marker.read_text())["reason"].startswith("SIGINT on rank "), log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not ranks_of(flags)
+
+
+@pytest.mark.long
 def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
     """And draws it when it is over."""
     recipe = "recipe/digits-resnet-localsgd-qsr.yml"
