@@ -147,7 +147,8 @@ def assembled(config: Config, all_met: Callable[[], None] = lambda: None) -> Ite
         batch = checks.with_fitting_batches(config, collective.world_size).physical_batch_size
         raise out_of_memory(batch, error) from error
     except Exception as error:
-        own = isinstance(error, OWN_ERRORS) and not isinstance(error, CollectiveError)
+        others = CollectiveError, AbsentRankError  # which another rank may be the reason of
+        own = isinstance(error, OWN_ERRORS) and not isinstance(error, others)
         if watch.verdict and not watch.failed and not own:
             raise LostRankError(watch.verdict, first=watch.first) from error
         raise

@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+import torch.distributed as dist
+
 from ..collective import Collective, waiting
-from ..errors import ranks_text
+from ..errors import AbsentRankError, CollectiveError, ranks_text
 from .beats import BeatExchange, Status, Verdict, process
 from .wakeup import Wakeup
 
@@ -135,7 +137,8 @@ class Watch:
     ) -> None:
         in_order = kind is None or (isinstance(error, SystemExit) and not error.code)
         if not in_order:
-            self.fail(f"{kind.__name__}: {error}" if str(error) else kind.__name__)
+            told = f"{kind.__name__}: {error}" if str(error) else kind.__name__
+            self._fail(told, waiting.failed or _of_others(error))
             if self.verdict and self.first and not self.failed:
                 error.add_note(self.verdict)  # the threads are about to tell it, and come too late
         self.close()
@@ -194,7 +197,10 @@ class Watch:
         After a collective that failed this waits as `explain` does: another rank may be the
         reason. Otherwise it takes at most two seconds.
         """
-        if self._post is None or self.verdict or (waiting.failed and self.explain()):
+        self._fail(message, waiting.failed)
+
+    def _fail(self, message: str, perhaps_another: bool) -> None:
+        if self._post is None or self.verdict or (perhaps_another and self.explain()):
             return
         step, line = self._running, " ".join(message.split())
         text = f"{self._name()} stopped: {line} (at step {step}); {self._advice}"
@@ -446,6 +452,19 @@ class Watch:
         flush.start()
         flush.join(1.0)
         os._exit(DEAD)
+
+
+def _of_others(error: BaseException) -> bool:
+    """Whether an error, or one that it comes from, is of what ranks have in common.
+
+    A collective, or the store: any thread may have asked that when its keeper was gone.
+    """
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, (dist.DistError, CollectiveError, AbsentRankError)):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 def _print(message: str) -> None:

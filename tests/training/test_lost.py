@@ -96,6 +96,18 @@ def test_a_rank_that_fails_is_named(
     assert ("Traceback" in said) == (fault == "bug"), "bugs show where they are, and nothing else"
 
 
+def test_a_rank_whose_save_fails_with_the_store_is_not_to_blame(
+    flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next save raises what the thread met, in the middle of a round: no collective fails."""
+    monkeypatch.setenv("FAULT", "killed in a save")
+    outcome = Running(*flags, "--h-base", "1000", "--save-steps", "1", script=FAULTY).ended()
+    assert outcome.codes == [-signal.SIGKILL, 3], outcome.errors
+    (line,) = lines(outcome.errors[1], "main.py:") or lines(outcome.errors[1], "rank 0 on ")
+    assert "rank 0 on " in line and "has died" in line
+    assert "Traceback" not in outcome.errors[1]
+
+
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
 def test_a_signal_to_any_rank_saves_and_stops_all(
