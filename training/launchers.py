@@ -63,6 +63,21 @@ def ranks_here() -> range:
     return range(first, first + replicas_here())
 
 
+def meeting_point() -> tuple[str, int]:
+    """Host and port at which the replicas meet."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def keeps_the_store() -> bool:
+    """Whether the launcher itself keeps the store there: torchrun does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def restarts() -> str:
+    """How often torchrun has started this process again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def below_one() -> bool:
     """Whether a launcher has started this process itself."""
     _, arguments, _ = next(_processes_above(), (0, [], Path()))

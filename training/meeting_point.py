@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import os
 import socket
 import time
 from datetime import timedelta
@@ -42,13 +41,12 @@ class _Arrival:
 
     def __init__(self, rank: int, world_size: int, patience: timedelta) -> None:
         self._rank, self._world_size, self._patience = rank, world_size, patience
-        self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._host, self._port = launchers.meeting_point()
         self._began = time.monotonic()
 
     def store(self) -> dist.Store:
         """The store; torchrun's own, where there is one."""
-        elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        keeps = self._rank == 0 and not elastic
+        keeps = self._rank == 0 and not launchers.keeps_the_store()
         listener = self._listener() if keeps else self._reached()
         try:
             return dist.TCPStore(
@@ -108,8 +106,8 @@ class _Arrival:
 
     def wait(self, store: dist.Store) -> None:
         """Wait until all have come."""
-        base = f"localopt/arrived/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        keys = [f"{base}/{rank}" for rank in range(self._world_size)]
+        start = launchers.restarts()  # torchrun may keep its store from one to the next
+        keys = [f"localopt/arrived/{start}/{rank}" for rank in range(self._world_size)]
         try:
             store.set(keys[self._rank], "")
             while not store.check(keys):
