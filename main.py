@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -12,9 +13,11 @@ import time
 import traceback
 from typing import NoReturn
 
+from training import launchers, progress
 from training.config import Config
 from training.plan.options import help_text
-from training.settings import load
+from training.settings import load, recipe_of
+from training.siblings import Siblings
 from training.values import ConfigError
 
 
@@ -22,15 +25,20 @@ def main(config: Config) -> int:
     """Build what ``config`` names, and train; return the exit status."""
     if config.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take the GPU
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _unbreakable(getattr(sys, name)))
+    # What its C++ says of a connection that ends would bury the line that says why. Read on import.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Imported here: DeepSpeed takes seconds to import, and a wrong flag should not wait for it.
+    progress.say("imports torch, DeepSpeed and FFCV")
+    siblings = Siblings()
+    siblings.start()
     from localopt.faults.watch import DEAD
     from training.loop import train
     from training.run import OWN_ERRORS, LostRankError, assembled
 
-    for name in ("stdout", "stderr"):
-        setattr(sys, name, _unbreakable(getattr(sys, name)))
     try:
-        with assembled(config) as run:
+        with assembled(config, all_met=siblings.stop) as run:
             train(run)
     except OWN_ERRORS as error:
         fail(f"{type(error).__name__}: {error}")
@@ -46,13 +54,18 @@ def main(config: Config) -> int:
 
 
 class _Unbreakable(io.FileIO):
-    """What is written when nobody reads any more is lost; a launcher that has ended leaves that."""
+    """What cannot be written is lost: nobody reads it any more, or the disk behind it is full."""
 
     def write(self, data: object) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in _LOST:
+                raise
             return memoryview(data).nbytes
+
+
+_LOST = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def _unbreakable(stream: io.TextIOBase) -> io.TextIOBase:
@@ -95,7 +108,11 @@ if __name__ == "__main__":
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
             print(text)
             sys.exit()
+        for name in ("stdout", "stderr"):
+            setattr(sys, name, _unbreakable(getattr(sys, name)))
         settings = load(sys.argv[1:], help_text)
+        launchers.check()
+        progress.begin(settings, recipe_of(sys.argv[1:]))
     except ConfigError as problem:
         fail(str(problem))
     sys.exit(main(settings))

@@ -35,7 +35,7 @@ def measured(model: nn.Module, repeats: int) -> dict[str, list[float]]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     state = State(model, optimizer)
-    recorder: Any = SimpleNamespace(state_dict=dict)
+    recorder: Any = SimpleNamespace(state_dict=dict, sync=lambda: None)
 
     def content() -> dict[str, Any]:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

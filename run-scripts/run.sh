@@ -85,14 +85,25 @@ fi
 # group of its own (set -m), and this script ends the group; $! is its number.
 signal() { kill "-$1" -- "-$!" 2>/dev/null || true; }
 
-running() { # is a process left in the group? Zombies don't count: a container may keep them
+group() { # its processes. Zombies don't count: a container may keep them
     local stat line fields
     for stat in /proc/[0-9]*/stat; do
         { read -r line <"$stat"; } 2>/dev/null || continue
         read -ra fields <<<"${line##*) }" # state, parent, process group
-        [[ ${fields[2]} != "$!" || ${fields[0]} == Z ]] || return 0
+        [[ ${fields[2]} != "$!" || ${fields[0]} == Z ]] || echo "${stat//[!0-9]/}"
     done
-    return 1
+}
+
+running() { # is one left?
+    [[ -n $(group) ]]
+}
+
+interrupt() { # the ranks, before the launcher passes it on as SIGTERM; it would show its Python
+    local process words
+    for process in $(group); do
+        { mapfile -d '' -t words <"/proc/$process/cmdline"; } 2>/dev/null || continue
+        [[ " ${words[*]:1:2} " != *" main.py "* ]] || kill -INT "$process" 2>/dev/null || true
+    done
 }
 
 end() { # wait until no rank is left
@@ -106,6 +117,7 @@ end() { # wait until no rank is left
 
 stop() { # STATUS
     trap 'signal KILL' INT TERM HUP # the second time, at once
+    (($1 != 130)) || interrupt
     signal TERM
     end
     exit "$1"

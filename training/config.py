@@ -171,14 +171,17 @@ class Config:
 
     def _check_synchronisation(self) -> None:
         """Names that are there, and what the period asks for; what only local optimizers do."""
-        from . import named  # it imports torch, for which a wrong flag should not wait
+        from . import named  # which looks for the library's own names only when it is asked
 
         for setting in named.KINDS:
             with self._about(setting):
                 named.check(setting, getattr(self, setting))
         if self.local:
-            self.maker("sync")
-            self._check_asked_for(named.parameters(self.maker("period")))
+            if named.is_own(self.sync):
+                self.maker("sync")
+            with self._complaining("period"):
+                parameters = named.period_parameters(self.period)
+            self._check_asked_for(parameters)
         for name in () if self.local else ("buffers", "track_replicas"):
             if getattr(self, name) != DEFAULTS[name]:
                 raise ConfigError(

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from . import launchers
+from . import launchers, meeting_point
 from .config import Config
 from .values import ConfigError
 
@@ -39,6 +39,7 @@ def join(config: Config) -> Process:
     Raises:
         ConfigError: if GPUs are asked for and there are none, or the launcher's hostfile is
             missing, or some replicas do not come.
+        AbsentRankError: if one has died before it came.
     """
     launchers.check()
     gpus = torch.accelerator.device_count()
@@ -48,7 +49,7 @@ def join(config: Config) -> Process:
     if config.deterministic:
         use_deterministic_kernels()
     local_rank = int(os.environ["LOCAL_RANK"])
-    replicas_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    replicas_here = launchers.replicas_here()
     if gpus and config.device != "cpu":
         device = torch.device(local_rank % gpus)
         torch.accelerator.set_device_index(device.index)
@@ -76,14 +77,7 @@ def _meet(backend: str) -> None:
     if dist.is_initialized():
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=ARRIVAL))
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ConfigError(
-            f"not all {world_size} replicas met at {where} within {ARRIVAL.total_seconds():.0f} "
-            f"seconds ({str(error).partition(chr(10))[0]}): see docs/cluster.md"
-        ) from None
+    store = meeting_point.met(rank, world_size, ARRIVAL)
     store.set_timeout(PATIENCE)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE

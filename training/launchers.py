@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import hostfile
-from .values import ConfigError
+from .values import ConfigError, shortened
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,74 @@ LAUNCHERS = {
 }
 
 
+def rank() -> int:
+    """This process's rank, as the launcher says."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def replicas() -> int:
+    """How many processes the launcher has started on all hosts."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def replicas_here() -> int:
+    """How many of them are on this host, as far as the launcher says."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def ranks_here() -> range:
+    """Those of this host: launchers count through the hosts."""
+    first = rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    return range(first, first + replicas_here())
+
+
+def meeting_point() -> tuple[str, int]:
+    """Host and port at which the replicas meet."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def keeps_the_store() -> bool:
+    """Whether the launcher itself keeps the store there: torchrun does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def restarts() -> str:
+    """How often torchrun has started this process again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def below_one() -> bool:
+    """Whether a launcher has started this process itself."""
+    _, arguments, _ = next(_processes_above(), (0, [], Path()))
+    return _launcher(arguments) is not None
+
+
+def remark() -> str:
+    """What a user may not have meant: no launcher, or one that knows of this host only; or ""."""
+    start = "`deepspeed --hostfile hostfile main.py` starts one replica per slot"
+    if "RANK" not in os.environ:
+        return f"started without a launcher, this process trains alone; {start}"
+    for _, arguments, _ in _processes_above():
+        launcher = _launcher(arguments)
+        # Its runner, and not what that starts on each host, has the flag.
+        if launcher and launcher.hostfile_flags and launcher.over_ssh not in " ".join(arguments):
+            names = {argument.partition("=")[0] for argument in arguments}
+            if names.isdisjoint((*launcher.hostfile_flags, *_ELSEWHERE)):
+                return f"deepspeed was given no --hostfile, and uses this host alone; {start}"
+    return ""
+
+
+_ELSEWHERE = ("--num_gpus", "--num_nodes", "--include", "-i", "--launcher")
+
+
 def check() -> None:
     """Refuse a start that would leave replicas out, or let each train alone.
 
     Raises:
-        ConfigError: if a launcher's host file is missing or wrong, or it gives its processes no
-            ranks.
+        ConfigError: if a launcher's host file is missing or wrong, it gives its processes no ranks,
+            or says only a part of what they need to find each other.
     """
+    _check_environment()
     for _, arguments, folder in _processes_above():
         if launcher := _launcher(arguments):
             _check_hostfile(launcher, arguments, folder)
@@ -51,6 +112,43 @@ def check() -> None:
             raise ConfigError(
                 f"{launcher.count} is {os.environ[launcher.count]}, but RANK is not set: every "
                 "process would train alone; start main.py with deepspeed or torchrun"
+            )
+
+
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _check_environment() -> None:
+    """Refuse what no launcher says."""
+    given = {name: os.environ[name] for name in _NEEDED if os.environ.get(name)}
+    missing = [name for name in _NEEDED if name not in given]
+    advice = "start main.py with deepspeed or torchrun, which set them all; or unset {} to train "
+    advice += "with one replica"
+    if "RANK" in os.environ and missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise ConfigError(
+            f"RANK is {shortened(os.environ['RANK'])}, and {', '.join(missing)} {are} not set: "
+            + advice.format("RANK")
+        )
+    if "RANK" not in os.environ and given.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"WORLD_SIZE is {shortened(given['WORLD_SIZE'])}, and RANK is not set: "
+            + advice.format("WORLD_SIZE")
+        )
+    if "RANK" not in os.environ:
+        return
+    size = given["WORLD_SIZE"]
+    last = int(size) - 1 if size.isdecimal() and len(size) < 10 else 0
+    limits = {
+        "WORLD_SIZE": (1, 10**6), "RANK": (0, last), "MASTER_PORT": (1, 65_535),
+        "LOCAL_RANK": (0, 10**6),
+    }  # fmt: skip
+    for name, (least, most) in limits.items():
+        text = os.environ.get(name, "0")
+        if not (text.isdecimal() and least <= int(text) <= most):
+            raise ConfigError(
+                f"{name} is {shortened(text)}: it must lie between {least} and {most}; "
+                "a launcher sets it"
             )
 
 

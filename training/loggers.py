@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,27 +26,6 @@ class Logger:
 
     def close(self, *, failed: bool) -> None:
         """No record follows."""
-
-
-class JsonLines(Logger):
-    """One JSON object a line, flushed at once."""
-
-    def __init__(self, path: Path, kept: int | None = None) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        if kept is not None and kept < path.stat().st_size:
-            self._file.truncate(kept)  # what followed is recorded once more
-
-    @property
-    def size(self) -> int:
-        """Bytes so far."""
-        return os.fstat(self._file.fileno()).st_size
-
-    def write(self, record: Record) -> None:
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self, *, failed: bool) -> None:
-        self._file.close()
 
 
 class Wandb(Logger):
@@ -142,7 +118,7 @@ def chosen(settings: Mapping[str, Any], folder: Path, step: int) -> list[Logger]
     """The loggers that ``settings`` ask for, besides metrics.jsonl.
 
     Raises:
-        ConfigError: if what one needs is not installed.
+        ConfigError: if what one needs is not installed, or it cannot begin.
     """
     kinds = {f"loggers has {name}": LOGGERS[name] for name in settings["loggers"]}
     if settings["wandb"] != "disabled":
@@ -155,7 +131,29 @@ def chosen(settings: Mapping[str, Any], folder: Path, step: int) -> list[Logger]
             missing = (error.name or kind.__name__.lower()).partition(".")[0]
             advice = f"package {missing} is missing; pip install {missing}".replace("_", "-")
             raise ConfigError(f"{why}: {advice}") from None
+        except Exception as error:  # each has its own
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{why}: {type(error).__name__}: {reason[:300]}") from None
     return made
+
+
+def require_login(settings: Mapping[str, Any]) -> None:
+    """Refuse to go online where nobody is logged in: wandb would ask, or give up late.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if settings["wandb"] != "online":
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("wandb is online: package wandb is missing; pip install wandb") from None
+    if not wandb.login(prompt=False):
+        raise ConfigError(
+            "wandb is online, and nobody is logged in on this host: run `wandb login` once, set "
+            "WANDB_API_KEY, or give --wandb offline"
+        )
 
 
 def curves(record: Record) -> Iterator[tuple[str, float]]:
@@ -166,12 +164,3 @@ def curves(record: Record) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/rank {rank}", item) for rank, item in enumerate(value))
         elif isinstance(value, int | float) and key != "step":
             yield name, value
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with None for the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

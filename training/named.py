@@ -2,32 +2,90 @@
 
 An import path runs code. So only what the command line or a recipe gives comes here, never a name
 that a run has left in its files.
+
+Built-in names, and what a built-in period takes, are known without torch, whose import takes longer
+than all else that a wrong flag waits for.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import sys
 import textwrap
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from localopt import Period, Rule
-from localopt.period import PERIODS
-from localopt.sync import RULES
+from .values import ROOT, did_you_mean
 
-from .values import did_you_mean
+# By setting: the class in localopt that must be made.
+KINDS = {"period": "Period", "sync": "Rule"}
 
-# By setting: what must be made, and the built-in ones.
-KINDS: dict[str, tuple[type, Mapping[str, Callable[..., Any]]]] = {
-    "period": (Period, PERIODS),
-    "sync": (Rule, RULES),
-}
+
+@functools.cache
+def names(setting: str) -> list[str]:
+    """The built-in ones."""
+    return list(_periods().PERIODS if setting == "period" else _rules())
+
+
+@functools.cache
+def _rules() -> dict[str, list[tuple[str, str, str]]]:
+    """Of each built-in rule, by name, its settings: name, type, default ("" for none).
+
+    They are the fields of its class, read from the source.
+    """
+    folder = ROOT / "localopt/sync"
+    fields: dict[str, list[tuple[str, str, str]]] = {}
+    for path in folder.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                fields[node.name] = [
+                    (of.target.id, ast.unparse(of.annotation), of.value and ast.unparse(of.value))
+                    for of in node.body
+                    if isinstance(of, ast.AnnAssign)
+                ]
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "RULES"
+    )
+    pairs = zip(table.keys, table.values, strict=True)
+    return {ast.literal_eval(key): fields[value.id] for key, value in pairs}
+
+
+@functools.cache
+def _periods() -> ModuleType:
+    """localopt/period.py by itself: it needs no torch, its package does."""
+    if found := sys.modules.get("localopt.period"):
+        return found
+    name = "training._localopt_period"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "localopt/period.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def base_of(setting: str) -> type:
+    """The class that must be made."""
+    import localopt
+
+    return getattr(localopt, KINDS[setting])
+
+
+def _builtin(setting: str, name: str) -> Callable[..., Any]:
+    from localopt.period import PERIODS
+    from localopt.sync import RULES
+
+    return {"period": PERIODS, "sync": RULES}[setting][name]
 
 
 def is_own(name: str) -> bool:
@@ -37,12 +95,12 @@ def is_own(name: str) -> bool:
 
 def check(setting: str, name: str) -> None:
     """Raise ValueError unless ``name`` is a built-in one or can be an import path. No import."""
-    base, builtin = KINDS[setting]
     if not is_own(name):
+        builtin = names(setting)
         if name not in builtin:
             raise ValueError(
                 f"it must be one of {', '.join(builtin)}, or the import path module:Class of a "
-                f"{base.__name__} of your own{did_you_mean(name, builtin)}"
+                f"{KINDS[setting]} of your own{did_you_mean(name, builtin)}"
             )
         return
     module, _, attribute = name.partition(":")
@@ -57,9 +115,9 @@ def maker(setting: str, name: str) -> Callable[..., Any]:
         ValueError: if there is none.
     """
     check(setting, name)
-    base, builtin = KINDS[setting]
     if not is_own(name):
-        return builtin[name]
+        return _builtin(setting, name)
+    base = base_of(setting)
     path, _, attribute = name.partition(":")
     module = _imported(path)
     found = getattr(module, attribute, None)
@@ -137,21 +195,37 @@ def parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     }
 
 
+def period_parameters(name: str) -> dict[str, inspect.Parameter]:
+    """What the period of that name takes. Imports what is no built-in one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    check("period", name)
+    return parameters(maker("period", name) if is_own(name) else _periods().PERIODS[name])
+
+
 def settings_text(flags: Iterable[str]) -> str:
     """The settings of every built-in rule and period, for the end of ``main.py --help``.
 
     Args:
         flags: what periods take that is a flag of the program.
     """
-    others = {"sync": set[str](), "period": {*flags, "warmup_steps", "total_steps", "h_max"}}
+    elsewhere = {*flags, "warmup_steps", "total_steps", "h_max"}
+    of_periods = {
+        name: [
+            (p.name, str(p.annotation), "" if p.default is p.empty else repr(p.default))
+            for p in parameters(make).values()
+            if p.name not in elsewhere
+        ]
+        for name, make in _periods().PERIODS.items()
+    }
     lines = []
-    for setting, (_, builtin) in KINDS.items():
-        lines += ["", f"settings of each {'rule' if setting == 'sync' else setting}, for "
-                  f"--{setting}-settings: name (type, default)"]  # fmt: skip
-        for name, make in sorted(builtin.items()):
-            own = [p for p in parameters(make).values() if p.name not in others[setting]]
+    for setting, word, found in (("period", "period", of_periods), ("sync", "rule", _rules())):
+        lines += ["", f"settings of each {word}, for --{setting}-settings: name (type, default)"]
+        for name, settings in sorted(found.items()):
             # A maker of an optimizer no text can be.
-            own = [_in_words(p) for p in own if "Maker" not in str(p.annotation)]
+            own = [_in_words(*given) for given in settings if "Maker" not in given[1]]
             start = f"  {name:<14}"
             text = textwrap.wrap(", ".join(own) or "none", 98 - len(start))  # at plain spaces only
             starts = [start, *[" " * len(start)] * (len(text) - 1)]
@@ -162,10 +236,9 @@ def settings_text(flags: Iterable[str]) -> str:
 _TOGETHER = "\N{NO-BREAK SPACE}"
 
 
-def _in_words(parameter: inspect.Parameter) -> str:
-    kind = str(parameter.annotation).replace("Codec | ", "").replace(" | None", "")
-    default = "needed" if parameter.default is parameter.empty else repr(parameter.default)
-    return f"{parameter.name} ({kind}, {default})".replace(" ", _TOGETHER)
+def _in_words(name: str, kind: str, default: str | None) -> str:
+    kind = kind.replace("Codec | ", "").replace(" | None", "")
+    return f"{name} ({kind}, {default or 'needed'})".replace(" ", _TOGETHER)
 
 
 def types(make: Callable[..., Any]) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _made(
         made = make(**values, **settings)
     except (ValueError, TypeError) as error:  # the latter of a class that lacks a method
         raise ConfigError(f"{where}: {named.one_line(error)}") from None
-    base, _ = named.KINDS[setting]
+    base = named.base_of(setting)
     if not isinstance(made, base):
         raise ConfigError(f"{setting} {name}: it made {shortened(made)}, no {base.__name__}")
     return made

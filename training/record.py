@@ -15,13 +15,16 @@ from tqdm import tqdm
 
 from data.loaders import Pace
 
+from . import progress
 from .checkpoint.files import lock, write_text
 from .checkpoint.resume import Start
+from .checkpoint.saver import SaveError
 from .config import Config
 from .distributed import Process
 from .engine import Measures, ReplicaOptimizer
 from .evaluate import Evaluation
-from .loggers import JsonLines, Logger, chosen
+from .loggers import chosen
+from .record_file import Guarded, RecordFile, complain
 from .values import ConfigError
 
 PREEMPTED = "preempted"  # the marker of a run that was asked to stop
@@ -58,16 +61,16 @@ class Recorder:
         self._first_step: float | None = None  # when this process made it, pauses left out
         self._epochs = 0
         kept = self._take_up(start) if start.recorder else None
-        self._loggers: list[Logger] = []
+        self._loggers: list[Guarded] = []
         self._lock: BinaryIO | None = None
-        self._file: JsonLines | None = None
+        self._file: RecordFile | None = None
         if process.rank == 0:
-            self._lock = lock(folder)
-            if self._lock is None:
-                raise ConfigError(f"{folder}: another run is writing there")
+            self._lock = start.lock or _held(folder)
             (folder / PREEMPTED).unlink(missing_ok=True)
-            self._file = JsonLines(folder / "metrics.jsonl", kept)
-            self._loggers = [self._file, *chosen(config.as_dict(), folder, start.step)]
+            self._file = RecordFile(folder / "metrics.jsonl", kept, start.step)
+            loggers = chosen(config.as_dict(), folder, start.step)
+            self._loggers = [Guarded(logger) for logger in loggers]
+        self._progress = progress.Pace(total_steps)
         quiet = None if process.rank == 0 else True  # None: only on a terminal
         self._bar = tqdm(
             total=total_steps, initial=start.step, unit="step", disable=quiet, dynamic_ncols=True
@@ -83,6 +86,11 @@ class Recorder:
             "seconds": time.perf_counter() - self._started, "paused": self._paused,
             "file": None if self._file is None else self._file.size,
         }  # fmt: skip
+
+    def sync(self) -> None:
+        """Have what `state_dict` has counted written to the disk."""
+        if self._file is not None:
+            self._file.sync()
 
     def _take_up(self, start: Start) -> int | None:
         """Go on from what `state_dict` gave; return how much of the metrics file stands."""
@@ -109,7 +117,9 @@ class Recorder:
 
     def step(self, step: int, lr: float, measures: Measures) -> None:
         """A step is finished."""
+        self._progress.step(step)
         if self._first_step is None:
+            progress.say("the first step is made")
             self._first_step = time.perf_counter() - self._paused
         self._pending.append(measures)
         self._bar.update()
@@ -147,10 +157,14 @@ class Recorder:
                 record[name] = float(norm)
         self._pending.clear()
         self._write(record)
-        self._bar.set_postfix_str(
+        now = (
             f"loss {loss:.3f}, lr {lr:.2e}, H {self.optimizer.h}, "
             f"syncs {self.optimizer.traffic.syncs}"
         )
+        self._bar.set_postfix_str(now)
+        if self.process.rank == 0 and self._bar.disable and self._progress.due():
+            passed = self._progress.told(step)
+            print(f"step {step:,} of {self.total_steps:,}, {now}; {passed}", flush=True)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the training loss is {loss} at step {step}: lower max_lr, or clip with clip_norm"
@@ -187,7 +201,7 @@ class Recorder:
             tqdm.write(
                 f"epoch {epoch:6.2f}  step {step:6d}  H {self.optimizer.h:5d}  "
                 f"syncs {self.optimizer.traffic.syncs:6d}  val loss {evaluation.loss:.4f}  "
-                f"top-1 {evaluation.top1:.2%}",
+                f"top-1 {evaluation.top1:.2%}  {self._progress.told(step)}",
                 file=sys.stdout,
             )
         if not math.isfinite(evaluation.loss):
@@ -218,8 +232,14 @@ class Recorder:
                 "images_per_second": images / seconds,
             }
             self._write(summary)
-            write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(_table(summary, self.folder, self.config), flush=True)
+            file = self.folder / "summary.json"
+            try:
+                write_text(file, json.dumps(summary, indent=2) + "\n")
+            except OSError as error:
+                raise SaveError(
+                    f"cannot write {file}: {error.strerror}: the run is over, and looks unfinished"
+                ) from None
         self.close()
 
     def preempted(self, step: int, reason: str) -> None:
@@ -228,7 +248,10 @@ class Recorder:
         if self.process.rank == 0:
             now = datetime.now().isoformat("T", "seconds")
             marker = {"step": step, "reason": reason, "time": now}
-            write_text(self.folder / PREEMPTED, json.dumps(marker) + "\n")
+            try:
+                write_text(self.folder / PREEMPTED, json.dumps(marker) + "\n")
+            except OSError as error:  # the checkpoint is there: that is what counts
+                complain(f"{self.folder / PREEMPTED}: {error.strerror}")
             for logger in self._loggers:
                 logger.preempted()
 
@@ -238,6 +261,8 @@ class Recorder:
         for logger in self._loggers:
             logger.close(failed=failed)
         self._loggers = []
+        if self._file is not None:
+            self._file.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -257,8 +282,21 @@ class Recorder:
         }  # fmt: skip
 
     def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(record)
         for logger in self._loggers:
             logger.write(record)
+
+
+def _held(folder: Path) -> BinaryIO:
+    """The hold on a run's folder, for as long as it is open."""
+    try:
+        held = lock(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from None
+    if held is None:
+        raise ConfigError(f"{folder}: another run is writing there")
+    return held
 
 
 def waiting_for_images(pace: Pace, seconds: float, workers: int) -> str | None:

@@ -18,6 +18,7 @@ from data.dataset import DESCRIPTION, TRAIN, VAL, DataError, checked, sha256
 from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
 from localopt import (
+    AbsentRankError,
     CollectiveError,
     LayoutMismatchError,
     SyncError,
@@ -31,8 +32,10 @@ from . import (
     deepspeed_settings,
     distributed,
     launchers,
+    loggers,
     models,
     optimizers,
+    progress,
     record,
     run_folder,
 )
@@ -43,6 +46,7 @@ from .deepspeed_engine import engine_of
 from .distributed import Process
 from .engine import Batch, Engine, OutOfMemoryError, ReplicaOptimizer, out_of_memory
 from .lr import Schedule
+from .plan import cost
 from .values import ConfigError, absolute
 
 if TYPE_CHECKING:
@@ -105,10 +109,14 @@ class LostRankError(RuntimeError):
 
 
 @contextmanager
-def assembled(config: Config) -> Iterator[Run]:
+def assembled(config: Config, all_met: Callable[[], None] = lambda: None) -> Iterator[Run]:
     """Join the other replicas, build what ``config`` names, and close it all at the end.
 
     Meanwhile each rank is watched: one that is lost ends the run on all.
+
+    Args:
+        config: the run's settings.
+        all_met: called as soon as all replicas have met.
 
     Raises:
         ConfigError: if settings do not fit together, the machine or the data.
@@ -119,7 +127,13 @@ def assembled(config: Config) -> Iterator[Run]:
     """
     deepspeed = deepspeed_settings.settings_of(config, accumulation=1)
     optimizers.check(config)  # a wrong setting should not wait for the other replicas
-    process = distributed.join(config)
+    if launchers.replicas() > 1:
+        progress.say("meets the other replicas")
+    try:
+        process = distributed.join(config)
+    except AbsentRankError as error:
+        raise LostRankError(str(error), first=True) from None
+    all_met()
     collective = Collective()
     watch = Watch(
         collective, dead_after=config.dead_after, stall_after=config.stall_after,
@@ -132,7 +146,8 @@ def assembled(config: Config) -> Iterator[Run]:
         batch = checks.with_fitting_batches(config, collective.world_size).physical_batch_size
         raise out_of_memory(batch, error) from error
     except Exception as error:
-        own = isinstance(error, OWN_ERRORS) and not isinstance(error, CollectiveError)
+        others = CollectiveError, AbsentRankError  # which another rank may be the reason of
+        own = isinstance(error, OWN_ERRORS) and not isinstance(error, others)
         if watch.verdict and not watch.failed and not own:
             raise LostRankError(watch.verdict, first=watch.first) from error
         raise
@@ -151,15 +166,18 @@ def _assembled(
     config: Config, deepspeed: dict[str, Any], process: Process, collective: Collective,
     watch: Watch,
 ) -> Iterator[Run]:  # fmt: skip
+    if process.rank == 0:
+        loggers.require_login(config.as_dict())
     _compare(config, deepspeed, collective)
     config = checks.with_fitting_batches(config, collective.world_size)
     config = checks.with_compile(config, process.device)
     if process.rank == 0 and (slow := checks.slow_precision(config, process.device)):
         print(f"main.py: {slow}", file=sys.stderr, flush=True)
+    progress.say("opens the data")
     config, steps_per_epoch = _agreed_on_data(config, process, collective)
     train_data, val_data = _open_data(config, process)
     schedule = Schedule.of(config, steps_per_epoch)
-    engine = _replica(config, process, schedule, train_data.num_classes)
+    engine = _replica(config, process, schedule, train_data)
     state = saver.State(
         engine.model, engine.optimizer, engine.centre, engine.scaler, _ema(config, engine.model)
     )
@@ -173,6 +191,8 @@ def _assembled(
     if start.folder and process.local_rank == 0:
         files.set_aside(folder / "checkpoints", after=start.step)
     control.gather(collective, "cleared")
+    compiled = "the model, and " if config.compile else ""
+    progress.say(f"compiles {compiled}what loads the images, for the first batch")
     try:
         yield Run(
             config=config, process=process, folder=folder, schedule=schedule, engine=engine,
@@ -191,15 +211,43 @@ def _assembled(
     recorder.close()
 
 
-def _replica(config: Config, process: Process, schedule: Schedule, classes: int) -> Engine:
+def _described(
+    config: Config,
+    process: Process,
+    schedule: Schedule,
+    optimizer: ReplicaOptimizer,
+    images: int,
+) -> str:
+    """What will be trained, in one line."""
+    numel = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    steps, planned = schedule.total_steps, "gradients averaged at every step"
+    if process.world_size == 1:
+        planned = "nothing will be synchronised"
+    elif config.local and steps <= _COUNTED:
+        syncs = len(cost.rounds_of(optimizer.period, schedule))
+        planned = f"{syncs:,} synchronisations planned ({syncs / steps:.1%} of the steps)"
+    elif config.local:
+        planned = f"synchronised as {optimizer.period} says"
+    return (
+        f"{config.model} with {numel:,} parameters on {process.device}; {config.data} with "
+        f"{images:,} images; {steps:,} steps of {config.total_batch_size:,} images; {planned}"
+    )
+
+
+_COUNTED = 10**6  # steps: more would take seconds to go through
+
+
+def _replica(config: Config, process: Process, schedule: Schedule, data: TrainData) -> Engine:
     """The model, with the weights to start from, on its device and in its engine."""
-    model = models.of(config.as_dict(), classes)
+    progress.say("builds the model")
+    model = models.of(config.as_dict(), data.num_classes)
     if weights := resume.weights_file(config):
         resume.load_weights(weights, model)  # before the optimizer: rules anchor to what they find
     model.to(process.device)
     checks.check_model(config, model, process.world_size)
     torch.manual_seed(config.seed * 1_000_003 + process.rank)  # dropout: each replica its own
     optimizer = optimizers.build(config, model, schedule)
+    progress.say(_described(config, process, schedule, optimizer, data.images))
     return engine_of(config, model, optimizer, process.world_size)
 
 

@@ -7,7 +7,6 @@ import json
 import platform
 import subprocess
 import sys
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import yaml
 from localopt.collective import Collective
 from localopt.faults import control
 
-from . import named
-from .checkpoint.files import write_text
+from . import named, progress
+from .checkpoint import files
 from .config import Config
 from .values import ROOT, ConfigError, absolute
 
@@ -28,19 +27,18 @@ _PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "numpy", "vit-pytorch", "tor
 
 def make_folder(config: Config, collective: Collective) -> Path:
     """This run's new folder, the same on all ranks, with its config and environment."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    name = control.gather(collective, f"{config.data}-{config.model}-{config.optimizer}-{stamp}")[0]
+    name = control.gather(collective, progress.name_of(config))[0]
     folder = absolute(config.log_pth) / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
+        if collective.rank == 0:
+            environment = json.dumps(_environment(config, collective), indent=2) + "\n"
+            files.write_text(folder / "environment.json", environment)
+            # Last: a folder with its config is a run's.
+            settings = yaml.safe_dump(config.as_dict(), sort_keys=False)
+            files.write_text(folder / "config.yml", settings)
     except OSError as error:
         raise ConfigError(f"log_pth {folder.parent}: {error.strerror}") from None
-    if collective.rank == 0:
-        write_text(folder / "config.yml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-        write_text(
-            folder / "environment.json",
-            json.dumps(_environment(config, collective), indent=2) + "\n",
-        )
     return folder
 
 

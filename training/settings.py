@@ -53,6 +53,11 @@ def load(argv: Sequence[str], more_help: Callable[[], str] | None = None) -> Con
     return Config(**settings)
 
 
+def recipe_of(argv: Sequence[str]) -> Path:
+    """The recipe that the command line names, or the default one."""
+    return _found(_parse(argv, None).get("recipe_pth", DEFAULT_RECIPE), "--recipe-pth")
+
+
 def _found(path: str, flag: str) -> Path:
     """``path`` from the working directory, or from the repository if only there is such a file."""
     checked_path(path, flag)
@@ -277,10 +282,10 @@ def _help_end(more_help: Callable[[], str] | None) -> str:
 
 
 def _name_choices(parser: Parser) -> None:
-    """Let the help show the names of built-in rules and periods, for which torch is imported."""
+    """Let the help show the names of built-in rules and periods."""
     from . import named
 
     for action in parser._actions:
         if action.dest in named.KINDS and action.help is not argparse.SUPPRESS:
-            _, builtin = named.KINDS[action.dest]
-            action.metavar = "{" + ",".join([*builtin, "module:Class"]) + "}"
+            names = [*named.names(action.dest), "module:Class"]
+            action.metavar = "{" + ",".join(names) + "}"

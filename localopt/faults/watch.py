@@ -20,11 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+import torch.distributed as dist
+
 from ..collective import Collective, waiting
+from ..errors import AbsentRankError, CollectiveError
 from .beats import BeatExchange, Status, Verdict, process
 from .judge import GONE, Judge
 from .wakeup import Wakeup
 
+_BEHIND = 0.05  # seconds for a SIGINT that came before a SIGTERM, and is handled after it
 DEAD = 3  # exit status of a rank that ends because of another
 _ADVICE = "resume from the newest checkpoint"
 
@@ -140,7 +144,8 @@ class Watch:
         in_order = kind is None or (isinstance(error, SystemExit) and not error.code)
         if not in_order:
             name = type(error).__name__
-            self.fail(f"{name}: {error}" if str(error) else name)
+            text = f"{name}: {error}" if str(error) else name
+            self._fail(text, waiting.failed or _of_others(error))
             if error and self.verdict and self.first and not self.failed:
                 error.add_note(self.verdict)  # the threads are about to print it, and come too late
         self.close()
@@ -199,8 +204,11 @@ class Watch:
         After a collective that failed this waits as `explain` does: another rank may be the
         reason. Otherwise it takes at most two seconds.
         """
+        self._fail(message, waiting.failed)
+
+    def _fail(self, message: str, perhaps_another: bool) -> None:
         post = self._post
-        if post is None or self.verdict or (waiting.failed and self.explain()):
+        if post is None or self.verdict or (perhaps_another and self.explain()):
             return
         step, line = self._running, " ".join(message.split())
         text = f"{self._me} stopped: {line} (at step {step}); {self._advice}"
@@ -298,6 +306,10 @@ class Watch:
 
     def _heed(self, numbers: Sequence[int]) -> None:
         """Turn signals, and launchers that have gone, into a request to stop."""
+        if signal.SIGTERM in numbers and signal.SIGINT in self._signals:
+            # Ctrl-C reaches a launcher, too, which passes it on as SIGTERM. Of signals that came
+            # while this process did not run, the last one is handled first.
+            numbers = sorted([*numbers, *self._wakeup.wait(_BEHIND)], key=signal.SIGINT.__ne__)
         self._interrupts += numbers.count(signal.SIGINT)
         if self._interrupts > 1:
             os._exit(128 + signal.SIGINT)
@@ -348,6 +360,19 @@ class Watch:
         flush.start()
         flush.join(1.0)
         os._exit(DEAD)
+
+
+def _of_others(error: BaseException) -> bool:
+    """Whether an error, or one that it comes from, is of what ranks have in common.
+
+    A collective, or the store: any thread may have asked that when its keeper was gone.
+    """
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, (dist.DistError, CollectiveError, AbsentRankError)):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 def _print(message: str) -> None:

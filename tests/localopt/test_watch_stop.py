@@ -53,6 +53,19 @@ def test_stop_asked_of_all_at_once() -> None:
         assert len({run.said(rank).splitlines()[-1] for rank in range(4)}) == 1
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_an_interrupt_that_a_launcher_passes_on_as_sigterm_is_one(held: bool) -> None:
+    """Ctrl-C reaches the ranks, and the launcher, which sends them SIGTERM. Of two signals that
+    wait for a process that is held up, the later one is handled first."""
+    with ranks(stops, 2, 2) as run:
+        run.wait_for("step 7")
+        for number in (*([signal.SIGSTOP] if held else ()), INT, TERM, signal.SIGCONT):
+            for rank in (0, 1):
+                run.send(rank, number)
+        assert run.codes() == [0] * 2
+        assert all("SIGINT on rank" in run.said(rank).splitlines()[-1] for rank in (0, 1))
+
+
 def waits_for_a_slow_one(rank: Rank) -> None:
     """All but rank 0 spend their time in the collective that ends every step."""
     with rank.watch() as watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 from pathlib import Path
 
@@ -309,3 +310,13 @@ def test_every_setting_is_used_by_a_recipe_or_a_test() -> None:
         flag = f"--(no-)?{f.name.replace('_', '[-_]')}"
         told = rf"(^|[\s\"'(]){f.name}(:|=|\"|')|{flag}[\s\"'=]|{flag}$"
         assert re.search(told, used, re.MULTILINE), f.name
+
+
+def test_what_help_says_of_rules_is_what_they_take() -> None:
+    """It is read from their sources, for their import would take seconds."""
+    for name, make in RULES.items():
+        said = {setting: (kind, default) for setting, kind, default in named._rules()[name]}
+        assert said == {
+            p.name: (str(p.annotation), None if p.default is p.empty else repr(p.default))
+            for p in inspect.signature(make).parameters.values()
+        }

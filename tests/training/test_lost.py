@@ -96,6 +96,18 @@ def test_a_rank_that_fails_is_named(
     assert ("Traceback" in said) == (fault == "bug"), "bugs show where they are, and nothing else"
 
 
+def test_a_rank_whose_save_fails_with_the_store_is_not_to_blame(
+    flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next save raises what the thread met, in the middle of a round: no collective fails."""
+    monkeypatch.setenv("FAULT", "killed in a save")
+    outcome = Running(*flags, "--h-base", "1000", "--save-steps", "1", script=FAULTY).ended()
+    assert outcome.codes == [-signal.SIGKILL, 3], outcome.errors
+    (line,) = lines(outcome.errors[1], "main.py:") or lines(outcome.errors[1], "rank 0 on ")
+    assert "rank 0 on " in line and "has died" in line
+    assert "Traceback" not in outcome.errors[1]
+
+
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
 def test_a_signal_to_any_rank_saves_and_stops_all(
@@ -165,6 +177,21 @@ def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int
     assert not psutil.wait_procs(ranks.values(), timeout=PATIENCE)[1], "a rank is left"
     (marker,) = tmp_path.glob("runs/*/preempted")
     assert "the launcher of rank" in marker.read_text()
+
+
+@pytest.mark.long
+def test_an_interrupt_of_run_sh_is_called_one(flags, tmp_path: Path) -> None:
+    """Ctrl-C reaches the script, which ends the launcher, which sends the ranks SIGTERM."""
+    recipe = "recipe/digits-resnet-localsgd-qsr.yml"
+    command = [str(ROOT / "run-scripts/run.sh"), recipe]
+    script = launched(command, (*flags, "--alpha", "1"), log := tmp_path / "log")
+    until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), script, log)
+    script.send_signal(signal.SIGINT)
+    assert script.wait(PATIENCE) == 130, log.read_text()
+    (marker,) = tmp_path.glob("runs/*/preempted")
+    assert json.loads(marker.read_text())["reason"].startswith("SIGINT on rank "), log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not ranks_of(flags)
 
 
 @pytest.mark.long

@@ -20,10 +20,9 @@ from tests.conftest import Once
 from tests.support.patience import PATIENCE
 from tests.support.program import ROOT, start
 from tests.support.refusals import check, told
-from training import export
+from training import export, named
 from training.checkpoint import files as checkpoint
 from training.config import Config
-from training.named import KINDS
 from training.optimizers import period, rule
 from training.plan.plan import plan
 from training.plan.report import report
@@ -206,7 +205,8 @@ def test_names_are_those_of_the_library(capsys: pytest.CaptureFixture[str]) -> N
         assert f"--{setting}{{{','.join(names)},module:Class}}" in shown
         line = told(load, [f"--{setting}", "avrage"])
         check([f"{setting} is 'avrage'", *names, "import path module:Class"], line)
-        assert dict(KINDS[setting][1]) == names
+        assert named.names(setting) == list(names)
+        assert all(named.maker(setting, name) is names[name] for name in names)
     assert "did you mean 'average'" in told(load, ["--sync", "avrage"])
 
 

@@ -129,7 +129,9 @@ def test_replicas_that_do_not_come_are_not_waited_for_all_day(flags, tmp_path: P
         "distributed.ARRIVAL = timedelta(seconds=3)\nmain.main(settings.load(sys.argv[1:]))\n"
     )
     outcome = start(*flags, script=alone, world_size=2, absent=1)
-    assert "not all 2 replicas met at 127.0.0.1" in one_line(outcome)
+    line = one_line(outcome)
+    assert "not all 2 replicas met: rank 1 did not come within 3 s (at 127.0.0.1" in line
+    assert "--master_port" in line
 
 
 def test_a_diverging_run_says_so(flags) -> None:
@@ -150,3 +152,16 @@ def test_a_log_folder_that_cannot_be_is_named(flags, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     line = one_line(start(*flags, "--log-pth", str(tmp_path / "file"), world_size=1))
     assert f"log_pth {tmp_path / 'file'}" in line
+
+
+def test_wandb_online_needs_a_login(flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is built, with what to do; no run folder is left."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    outcome = start(*flags, "--wandb", "online")
+    assert all(outcome.codes), outcome.errors
+    (line,) = outcome.complaints(0)
+    assert "`wandb login`" in line and "--wandb offline" in line
+    assert "Traceback" not in "".join(outcome.errors) and not (tmp_path / "runs").exists()

@@ -125,6 +125,53 @@ def test_a_damaged_checkpoint_is_passed_over(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("left", ["a broken line", "nothing", "no file", "zeros"])
+def test_records_that_a_power_loss_took_are_named(
+    flags, finished: Path, tmp_path: Path, left: str
+) -> None:
+    """What is left of the file stays, without the line that broke."""
+    shutil.copytree(finished, tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").iterdir()
+    unfinished(folder, 12)
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines[:3]] == [4, 6, 8]
+    first = lines[0] if left in ("a broken line", "zeros") else ""
+    file.write_text(first + {"a broken line": lines[1][:30], "zeros": "\0" * 400}.get(left, ""))
+    if left == "no file":
+        file.unlink()
+    again = start(*flags, *EACH, "--resume", "auto")
+    assert again.codes == [0, 0], again.errors
+    (line,) = again.complaints(0)
+    missing = "the records after step 4" if first else "all records"
+    assert f"{file}: {missing} up to step 9 are missing" in line
+    assert timeless(again.records) == timeless(
+        json.loads(line) for line in ([first] if first else []) + lines[3:]
+    )
+
+
+def test_absurd_manifests_are_passed_over_in_a_line_each(
+    flags, finished: Path, tmp_path: Path
+) -> None:
+    """Their checksums are right; one is a pipe that nobody writes to."""
+    shutil.copytree(finished, tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").iterdir()
+    saved = checkpoint.found(folder / "checkpoints")
+    unfinished(folder)
+    absurd = checkpoint.manifest(saved[12]) | {"world_size": 10**10}
+    absurd["sha256"] = checkpoint._digest(absurd)
+    (saved[12] / MANIFEST).write_text(json.dumps(absurd))
+    (saved[9] / MANIFEST).unlink()
+    os.mkfifo(saved[9] / MANIFEST)
+    (saved[6] / MANIFEST).write_text("[" * 100_000)
+    again = start(*flags, *EACH, "--resume", "auto")
+    assert again.codes == [0, 0], again.errors
+    told = [x for x in again.outputs[0].splitlines() if x.startswith("resume auto: passing")]
+    assert len(told) == 3 and "world_size is 10000000000" in told[0]
+    assert "no regular file" in told[1] and "not JSON" in told[2]
+    assert f"continuing {folder} after step 3" in again.outputs[0]
+
+
 def weights(folder: Path, rank: int) -> dict[str, list]:
     state = torch.load(folder / checkpoint.rank_file(rank), weights_only=True)["model"]
     return {name: tensor.tolist() for name, tensor in state.items()}
@@ -212,9 +259,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_those_before(flags, small_disk: 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, top1 in ((1, 0.5), (2, 0.9), (3, 0.9), (4, 0.7), (5, None), (6, 0.6)):
         draft = tmp_path / "draft"
-        draft.mkdir()
+        files = {checkpoint.rank_file(0): checkpoint.write_rank(draft, 0, {})}
         score = {} if top1 is None else {"top1": top1}
-        checkpoint.publish(draft, checkpoint.folder_of(tmp_path, step), {"evaluation": score})
+        told = {"step": step, "world_size": 1, "config": {}, "files": files, "evaluation": score}
+        checkpoint.publish(draft, checkpoint.folder_of(tmp_path, step), told)
         checkpoint.prune(tmp_path, 2)
     assert list(checkpoint.found(tmp_path)) == [3, 5, 6]
     assert sorted(os.listdir(tmp_path)) == [f"step-0000000{step}" for step in (3, 5, 6)]

@@ -1,13 +1,15 @@
 """Checkpoints on disk: one folder each, a file per rank, and a manifest that is written last.
 
 Replicas differ inside a round, and their optimizer states always: every rank has its own file. All
-is written below a temporary name, synced and renamed, so a folder with a manifest is whole; sizes
-and checksums in the manifest show whether it still is. What reads raises CheckpointError if not.
+is written below a temporary name, synced and renamed, so a folder with a manifest is whole, after a
+power loss too; sizes and checksums in the manifest show whether it still is. What reads raises
+CheckpointError if not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,11 +17,16 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from data.dataset import regular
+
+from ..values import shortened
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -58,12 +65,14 @@ def found(checkpoints: Path) -> dict[int, Path]:
     except OSError:
         return {}
     folders = {int(m[1]): checkpoints / name for name in names if (m := _NAME.fullmatch(name))}
-    return {step: path for step, path in sorted(folders.items()) if (path / MANIFEST).exists()}
+    return {
+        step: path for step, path in sorted(folders.items()) if os.path.exists(path / MANIFEST)
+    }
 
 
 def write_rank(folder: Path, rank: int, content: dict[str, Any]) -> dict[str, Any]:
     """Write one rank's file, down to the disk; return what a manifest says of it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with whole(folder / rank_file(rank)) as file:
         summed = _Summed(file)
         try:
@@ -107,9 +116,31 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     except OSError:
         if not (final / MANIFEST).exists():  # else: another host on the same disk was first
             raise
-    descriptor = os.open(final.parent, os.O_RDONLY)
+    sync_folder(final.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that a power loss does not take them away again.
+
+    Raises:
+        OSError: if that fails.
+    """
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+    elif not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder written to the disk: a file's own sync does not do that."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise
     finally:
         os.close(descriptor)
 
@@ -171,6 +202,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+        sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -187,8 +219,13 @@ def lock(run: Path) -> BinaryIO | None:
 
     Returns:
         None if another process has hold of it.
+
+    Raises:
+        OSError: if there is no such file to be had.
     """
-    file = (run / "lock").open("ab")
+    # Without O_NONBLOCK a named pipe of that name would never be open.
+    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    file = os.fdopen(descriptor, "r+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -202,19 +239,69 @@ def lock(run: Path) -> BinaryIO | None:
 def manifest(folder: Path) -> dict[str, Any]:
     """What a checkpoint's manifest says, which is undamaged and of this format."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = regular(folder / MANIFEST, _LARGEST_MANIFEST).decode()
     except (FileNotFoundError, NotADirectoryError):
         what = f"no {MANIFEST} there, so no whole checkpoint" if folder.exists() else "not there"
         raise CheckpointError(f"{folder}: {what}") from None
     except OSError as error:
         raise CheckpointError(f"{folder}: {MANIFEST}: {error.strerror}") from None
-    except ValueError:
-        raise CheckpointError(f"{folder}: {MANIFEST} is damaged") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: {MANIFEST} is not of format {FORMAT}")
-    if content.pop("sha256", None) != _digest(content):
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: {error}") from None
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{folder}: {MANIFEST} is not of format {FORMAT}")
+        told = content.pop("sha256", None)
+        whole = told == _digest(content)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged: not JSON to be read") from None
+    if not whole:
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged: not what its checksum says")
+    if wrong := _misfit(content):
+        raise CheckpointError(f"{folder}: {MANIFEST} is none of this program's: {wrong}")
     return content
+
+
+_LARGEST_MANIFEST = 64 * 2**20  # of 100 bytes a rank
+
+
+def _misfit(manifest: dict[str, Any]) -> str | None:
+    """Where a manifest, whose checksum is right, says what no run of this program can have written.
+
+    What is read of it later needs no look of its own.
+    """
+    for key, least in (("step", 0), ("world_size", 1)):
+        if type(value := manifest.get(key)) is not int or not least <= value < 2**63:
+            return f"{key} is {shortened(value)}"
+    for key in ("config", "evaluation", "files"):
+        if type(value := manifest.get(key)) is not dict:
+            return f"{key} is {shortened(value)}"
+    for name, score in manifest["evaluation"].items():
+        if type(score) not in (int, float):
+            return f"evaluation.{name} is {shortened(score)}"
+    files = manifest["files"]
+    if len(files) != manifest["world_size"]:  # so that the ranks can be counted
+        return f"world_size is {manifest['world_size']}, and it names {len(files)} files"
+    for rank in range(len(files)):
+        file = files.get(rank_file(rank))
+        if type(file) is not dict or type(file.get("bytes")) is not int:
+            return f"files.{rank_file(rank)} is {shortened(file)}"
+    return None
+
+
+def opened(path: Path) -> BinaryIO:
+    """A regular file, to be read: a named pipe would keep its reader waiting for ever.
+
+    Raises:
+        OSError: if it cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -244,7 +331,7 @@ def rank_state(folder: Path, manifest: dict[str, Any], rank: int) -> dict[str, A
     """What a rank saved."""
     file = verify(folder, manifest, rank)
     content = read(file)
-    if content.get("place") != identity(manifest["step"], rank, manifest["world_size"]):
+    if repr(content.get("place")) != repr(identity(manifest["step"], rank, manifest["world_size"])):
         raise CheckpointError(f"{folder}: {file.name} belongs to another checkpoint")
     return content
 
@@ -265,5 +352,5 @@ def read(file: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """The checksum of a file."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-import yaml
 from torch import nn
 from torch.optim import Optimizer
 
+from data.dataset import regular
 from localopt.collective import Collective
 from localopt.faults import control
 from localopt.merge import merged
 
 from ..config import DEFAULTS, HOST_KEYS, Config
 from ..engine import ReplicaOptimizer
-from ..values import ConfigError, absolute
+from ..settings import from_yaml
+from ..values import ConfigError, absolute, shortened
 from . import files
 from .files import MANIFEST, CheckpointError, sha256
 from .saver import State
@@ -43,6 +45,7 @@ class Start:
     step: int = 0  # the number of steps made before
     recorder: dict[str, Any] | None = None  # what had been recorded, where a checkpoint says so
     folder: Path | None = None  # the run's, where the run itself is continued; else it gets one
+    lock: BinaryIO | None = None  # what keeps other runs out of that folder, on rank 0
 
 
 def weights_file(config: Config) -> Path | None:
@@ -58,11 +61,15 @@ def load_weights(path: Path, model: nn.Module) -> None:
         ConfigError: if the file is missing or damaged, or fits another model.
     """
     content = _asked("resume_pth", files.read, path)
+    _load_model(model, content.get("model", content), f"resume_pth {path}")
+
+
+def _load_model(model: nn.Module, weights: Any, where: str) -> None:
     try:
-        model.load_state_dict(content.get("model", content))
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise ConfigError(f"resume_pth {path}: weights of another model: {reason}") from None
+        raise ConfigError(f"{where}: weights of another model: {reason}") from None
 
 
 def restore(config: Config, state: State, collective: Collective, steps_per_epoch: int) -> Start:
@@ -75,12 +82,13 @@ def restore(config: Config, state: State, collective: Collective, steps_per_epoc
         ConfigError: if the checkpoint is missing, damaged, of another kind of run, or at another
             step than asked for.
     """
-    if config.resume == "auto" and (folder := newest(config, collective)):
+    if config.resume == "auto" and (found := newest(config, collective)):
+        folder, lock = found
         start = _restored(folder, "resume auto", config, state, collective)
         run = folder.parent.parent
         if collective.rank == 0:
             print(f"resume auto: continuing {run} after step {start.step}", flush=True)
-        return Start(start.step, start.recorder, run)
+        return Start(start.step, start.recorder, run, lock)
     if not config.resume_pth:
         return Start()
     path, wanted = absolute(config.resume_pth), _wanted_step(config, steps_per_epoch)
@@ -108,16 +116,29 @@ def _wanted_step(config: Config, steps_per_epoch: int) -> int | None:
     return None if config.resume_from_epoch == -1 else config.resume_from_epoch * steps_per_epoch
 
 
-def newest(config: Config, collective: Collective) -> Path | None:
+def newest(config: Config, collective: Collective) -> tuple[Path, BinaryIO | None] | None:
     """The newest checkpoint, whole on every host, of a run with these settings; None if none is.
 
     All ranks call it. Rank 0 proposes what it sees, from the newest on; the others look whether
     what they need is there and undamaged. A line on rank 0 says what was passed over, and why.
+
+    Returns:
+        The checkpoint and, on rank 0, the hold on its run: taken before anybody looks, so that of
+        runs that are started at once only one goes on there, and clears away what it finds.
     """
     runs = absolute(config.log_pth)
-    seen = _checkpoints(runs, config) if collective.rank == 0 else []
+    seen = _checkpoints(runs, config) if collective.rank == 0 else {}
     proposals = [str(path.relative_to(runs)) for path in seen]
     proposals = json.loads(control.gather(collective, json.dumps(proposals))[0])
+    chosen = _whole(runs, proposals, collective)
+    for folder, held in seen.items():
+        if chosen is None or folder.parent != chosen.parent:
+            held.close()
+    return None if chosen is None else (chosen, seen.get(chosen))
+
+
+def _whole(runs: Path, proposals: list[str], collective: Collective) -> Path | None:
+    """The first of the proposals that all ranks find whole."""
     for proposal in proposals:
         folder = runs / proposal
         answers = control.gather(collective, _fault(folder, collective))
@@ -132,24 +153,68 @@ def newest(config: Config, collective: Collective) -> Path | None:
     return None
 
 
-def _checkpoints(runs: Path, config: Config) -> list[Path]:
-    """Checkpoints of unfinished runs with these settings, the newest run's newest first."""
+def _checkpoints(runs: Path, config: Config) -> dict[Path, BinaryIO]:
+    """Checkpoints of unfinished runs with these settings, the newest run's newest first.
+
+    With each the hold on its run.
+
+    Raises:
+        ConfigError: if the folder of runs cannot be listed.
+    """
     mine = _compared(config.as_dict())
-    paths: list[Path] = []
-    for run in sorted(runs.glob("*/config.yml"), key=lambda file: file.parent.name, reverse=True):
+    try:
+        names = sorted(os.listdir(runs), reverse=True)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigError(
+            f"resume auto: log_pth {runs}: {error.strerror}: its runs cannot be seen"
+        ) from None
+    found: dict[Path, BinaryIO] = {}
+    for run in (runs / name for name in names):
         try:
-            theirs = yaml.safe_load(run.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue
-        finished = (run.parent / "summary.json").exists()
-        if finished or not isinstance(theirs, dict) or _compared(theirs) != mine:
-            continue
-        if (held := files.lock(run.parent)) is None:
-            print(f"resume auto: passing over {run.parent}: it is running", flush=True)
-        else:
-            held.close()
-            paths += reversed(files.found(run.parent / "checkpoints").values())
-    return paths
+            if not _may_be_continued(run, mine):
+                continue
+            if (held := files.lock(run)) is None:
+                reason = "it is running"
+            elif saved := list(reversed(files.found(run / "checkpoints").values())):
+                found |= dict.fromkeys(saved, held)
+                continue
+            else:
+                held.close()
+                continue
+        except OSError as error:  # another user's, mostly
+            reason = f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+        except ValueError as error:
+            reason = f"config.yml is damaged: {error}"
+        print(f"resume auto: passing over {run}: {reason}", flush=True)
+    return found
+
+
+def _may_be_continued(run: Path, mine: dict[str, Any]) -> bool:
+    """Whether it is the folder of an unfinished run with my settings.
+
+    Raises:
+        OSError: if that cannot be seen.
+        ValueError: if its settings cannot be read.
+    """
+    try:
+        text = regular(run / "config.yml", _LARGEST_CONFIG).decode()
+        (run / "summary.json").lstat()
+    except NotADirectoryError:
+        return False
+    except FileNotFoundError as error:
+        if Path(error.filename).name == "config.yml":
+            return False  # no run
+    else:
+        return False  # finished
+    theirs = from_yaml(text)
+    if not isinstance(theirs, dict):
+        raise ValueError("it holds no settings")
+    return _compared(theirs) == mine
+
+
+_LARGEST_CONFIG = 2**20
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -192,13 +257,15 @@ class _Checkpoint:
             saved, mine = self.manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
             alike = free and str(saved).removeprefix(free) == str(mine).removeprefix(free)
             if saved != mine and not alike:
-                raise self.refusal(f"saved with {key} {saved!r}, this run has {mine!r}")
+                raise self.refusal(f"saved with {key} {shortened(saved)}, this run has {mine!r}")
 
     def state(self, rank: int) -> dict[str, Any]:
         """What that rank saved."""
         content = _asked(self.asked, files.rank_state, self.folder, self.manifest, rank)
         if "optimizer" not in content:
             raise self.refusal("saved without optimizer state (save_opt: false)")
+        if missing := [part for part in ("model", "recorder", "rng") if part not in content]:
+            raise self.refusal(f"{files.rank_file(rank)} does not hold {', '.join(missing)}")
         return content
 
 
@@ -212,7 +279,7 @@ def _restored(
     content = (
         source.state(collective.rank) if same else _for_other_replicas(source, config, collective)
     )
-    state.model.load_state_dict(content["model"])
+    _load_model(state.model, content["model"], f"{asked} {folder}")
     _load_optimizer(state.optimizer, content["optimizer"], source)
     for key, part in state.parts.items():
         part.load_state_dict(content[key])

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -39,6 +40,13 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class Recording(Stateful, Protocol):
+    """What counts in its state what it has written to a file."""
+
+    def sync(self) -> None:
+        """Have that written to the disk."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Saver:
         self._copy: dict[str, Any] = {}
         self.saved_at = saved_at
 
-    def save(self, step: int, state: State, recorder: Stateful, score: dict[str, float]) -> None:
+    def save(self, step: int, state: State, recorder: Recording, score: dict[str, float]) -> None:
         """Copy what the checkpoint after ``step`` steps holds, and have it written.
 
         All ranks call it at the same steps; no collective. Waits for the save before. ``score`` is
@@ -104,7 +112,10 @@ class Saver:
         self.saved_at = step
         content = self._content(step, state, recorder)
         self._thread = Thread(
-            target=self._run, args=(self._saves, step, content, score), name="save", daemon=True
+            target=self._run,
+            args=(self._saves, step, content, score, recorder.sync),
+            name="save",
+            daemon=True,
         )
         self._thread.start()
 
@@ -143,9 +154,15 @@ class Saver:
             raise SaveError(problem)
 
     def _run(
-        self, number: int, step: int, content: dict[str, Any], score: dict[str, float]
+        self,
+        number: int,
+        step: int,
+        content: dict[str, Any],
+        score: dict[str, float],
+        sync: Callable[[], None],
     ) -> None:
         try:
+            sync()  # before the checkpoint that says how much was recorded
             self._problem = self._written(number, step, content, score)
             if self._problem and self._publishes:
                 last = max(files.found(self._folder), default=None)
