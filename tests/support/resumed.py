@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import observed
 from .program import Outcome, start
 
+# What torchrun says, and `Running` does not; Lightning asks for it.
+TORCHRUN = {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}
 # Seconds are measured; who starts twice, or looks at the consensus twice, sends more for that.
 MEASURED = {"exposed", "hidden", "wait", "waits", "other_seconds", "other_bytes"}
-SOMEBODY_ELSE = "all replicas were equal"  # localopt's warning: somebody averages the gradients
+SOMEBODY_ELSE = "all replicas were equal"  # localopt's warning: gradients are averaged elsewhere
 
 
-def in_two_parts(script: Path, folder: Path, *flags: str) -> tuple[Outcome, Outcome, Outcome]:
-    """Run ``script`` to its end, and again in two parts: stopped by ``flags``, then resumed.
+@dataclass(frozen=True)
+class Runs:
+    """A program's runs on two ranks.
 
-    It gets ``--folder``: ``folder/whole`` and ``folder/parts``. What it had saved where it was
-    stopped is then in ``folder/stopped``.
-
-    Returns:
-        How the ranks ended: of the whole run, of the first part, of the second.
+    Attributes:
+        folder: has what the program saves: ``whole``; ``stopped``, where it was stopped; ``parts``,
+            where it went on from there.
+        whole, stopped, resumed: how the ranks ended.
     """
-    whole, parts = (("--folder", str(folder / name)) for name in ("whole", "parts"))
-    ended = [start(*whole, script=script), start(*parts, *flags, script=script)]
-    shutil.copytree(parts[1], folder / "stopped")
-    ended.append(start(*parts, script=script))
-    for one in ended:
-        assert one.codes == [0, 0], one.errors
-        assert SOMEBODY_ELSE not in "".join(one.errors), one.errors
-    return ended[0], ended[1], ended[2]
+
+    folder: Path
+    whole: Outcome
+    stopped: Outcome
+    resumed: Outcome
+
+    def seen(self, rank: int) -> dict[str, Any]:
+        """What `observed` has written of a rank in the whole run."""
+        return json.loads((self.folder / f"whole.{rank}.json").read_text())
+
+
+def in_two_parts(program: Path, folder: Path, *flags: str) -> Runs:
+    """Run ``program`` to its end, and again in two parts: stopped by ``flags``, then resumed."""
+
+    def run(name: str, *flags: str) -> Outcome:
+        given = (str(folder / name), str(program), "--folder", str(folder / name), *flags)
+        ended = start(*given, script=Path(observed.__file__), places=[TORCHRUN] * 2)
+        assert ended.codes == [0, 0], ended.errors
+        assert SOMEBODY_ELSE not in "".join(ended.errors), ended.errors
+        return ended
+
+    whole, stopped = run("whole"), run("parts", *flags)
+    shutil.copytree(folder / "parts", folder / "stopped")
+    return Runs(folder, whole, stopped, run("parts"))
 
 
 def difference(first: Any, second: Any, path: str = "") -> str | None:
