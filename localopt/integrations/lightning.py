@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -27,7 +28,7 @@ class LocalStrategy(DDPStrategy):
 
     Lightning asks all ranks at every batch whether one has had SIGTERM; here it does not, for that
     would be a collective at every step. So a signal to stop must reach all ranks, as launchers see
-    to.
+    to. Each then stops after its batch, or with an error where it waits for one that has.
 
     Args:
         arguments: those of `DDPStrategy` that are about processes, such as ``timeout`` or
@@ -48,9 +49,10 @@ class LocalStrategy(DDPStrategy):
             trainer: the trainer.
         """
         super().setup(trainer)
-        # Lightning 2.6 asks all ranks at every batch whether one has had SIGTERM: a collective at
-        # every step.
+        # Lightning 2.6 asks all ranks at every batch whether one has had SIGTERM, and at SIGTERM
+        # answers with a collective that would meet one of localopt's.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody
+        trainer._signal_connector._sigterm_notifier_fn = partial(_stop, trainer)
 
     def configure_ddp(self) -> None:
         """Leave the model as it is."""
@@ -115,17 +117,32 @@ class ConsensusEvaluation(pl.Callback):
         self._inside = ExitStack()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the consensus."""
+        """Show the consensus. Collective.
+
+        Args:
+            trainer, pl_module: Lightning's.
+        """
         for optimizer in _local_optimizers(trainer.optimizers):
             self._inside.enter_context(optimizer.consensus())
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the replica."""
+        """Show the replica.
+
+        Args:
+            trainer, pl_module: Lightning's.
+        """
         self._inside.close()
 
 
 def _ask_nobody() -> None:
     pass
+
+
+def _stop(trainer: pl.Trainer, signal: int, frame: object) -> None:
+    """Lightning's answer to SIGTERM without its collective."""
+    if trainer.strategy.launcher is not None and not trainer.received_sigterm:
+        trainer.strategy.launcher.kill(signal)
+    trainer._signal_connector.received_sigterm = True
 
 
 def _local_optimizers(optimizers: list[Optimizer]) -> Iterator[LocalOptimizer]:

@@ -140,7 +140,7 @@ class LocalTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = torch.load(self._own(checkpoint), map_location=self.model.device, weights_only=True)
+        state = torch.load(self._own(checkpoint), map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])  # what the Trainer has loaded is the consensus
         self.local_optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
