@@ -93,10 +93,12 @@ class Look(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
         if index == 9:
             parted.append(not torch.equal(*everybodys(module)))
+            norms.append(nn.utils.get_total_norm([p.grad for p in module.parameters()]))
 
-parted = []
+parted, norms = [], []
 module = Module(LSGD())
-trainer_of(Look(), accumulate_grad_batches=2, gradient_clip_val=1.0).fit(module, loader())
+trainer_of(Look(), accumulate_grad_batches=2, gradient_clip_val=0.01).fit(module, loader())
+torch.testing.assert_close(torch.stack(norms), torch.tensor([0.01]), rtol=1e-2, atol=0)
 assert module.forwards == 16
 assert module.optimizer.round == 2, "six steps, and finish()"
 assert parted == [True]

@@ -41,6 +41,7 @@ class Model(nn.Module):
     def forward(self, inputs, labels):
         self.forwards += 1
         logits = self.layer(inputs)
+        self.computed_in = logits.dtype
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 examples = [{"inputs": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(128)]
@@ -76,9 +77,13 @@ def test_a_step_of_several_batches_has_one_loss_and_lsgd_follows_the_best(tmp_pa
     ran(
         tmp_path,
         """
-parted, losses = [], []
+parted, losses, norms, grads = [], [], [], []
 
 class Look(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):  # they are clipped
+        grads.append(model.layer.weight.grad.clone())
+        norms.append(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % 4 == 3:
             first, second = everybodys(model)
@@ -88,8 +93,13 @@ class Look(TrainerCallback):
 
 model = Model()
 trainer = trainer_of(model, [Look()], sync=LSGD(), settings={"track_drift": True},
-                     gradient_accumulation_steps=2)
+                     gradient_accumulation_steps=2, max_grad_norm=0.01, bf16=True)
 trainer.train()
+assert model.computed_in is torch.bfloat16
+torch.testing.assert_close(torch.stack(norms), torch.full((8,), 0.01), rtol=1e-2, atol=0)
+everyone = [torch.empty(8, 3, 4) for _ in range(2)]
+dist.all_gather(everyone, torch.stack(grads))
+assert not torch.equal(*everyone), "each replica clips its own"
 assert model.forwards == 16 and trainer.local_optimizer.round == 2
 assert parted == [True, True]
 assert all(0 < one < 3 and other != one for one, other in losses), losses
