@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from os import PathLike
@@ -10,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
-from torch.optim import Optimizer
 
 from ..optimizer import LocalOptimizer
 
@@ -35,6 +33,7 @@ class LocalStrategy(DDPStrategy):
             ``process_group_backend``.
 
     Raises:
+        TypeError: from ``fit``, if an optimizer is not a `LocalOptimizer`.
         FileNotFoundError: where a checkpoint that is loaded has no file of this rank, as one of
             fewer replicas.
 
@@ -47,8 +46,17 @@ class LocalStrategy(DDPStrategy):
 
         Args:
             trainer: the trainer.
+
+        Raises:
+            TypeError: if an optimizer is not a `LocalOptimizer`.
         """
         super().setup(trainer)
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, LocalOptimizer):
+                raise TypeError(
+                    f"configure_optimizers() returned {type(optimizer).__name__}, which never "
+                    "synchronises: LocalStrategy needs a LocalOptimizer, such as LocalAdamW"
+                )
         # Lightning 2.6 asks all ranks at every batch whether one has had SIGTERM, and at SIGTERM
         # answers with a collective that would meet one of localopt's.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody
@@ -98,7 +106,7 @@ class LocalStrategy(DDPStrategy):
 
     def on_train_end(self) -> None:
         """Let the replicas agree."""
-        for optimizer in _local_optimizers(self.optimizers):
+        for optimizer in self.optimizers:
             optimizer.finish()
 
     def _own(self, filepath: str | PathLike[str]) -> str:
@@ -122,7 +130,7 @@ class ConsensusEvaluation(pl.Callback):
         Args:
             trainer, pl_module: Lightning's.
         """
-        for optimizer in _local_optimizers(trainer.optimizers):
+        for optimizer in trainer.optimizers:  # none where nothing is trained
             self._inside.enter_context(optimizer.consensus())
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -143,7 +151,3 @@ def _stop(trainer: pl.Trainer, signal: int, frame: object) -> None:
     if trainer.strategy.launcher is not None and not trainer.received_sigterm:
         trainer.strategy.launcher.kill(signal)
     trainer._signal_connector.received_sigterm = True
-
-
-def _local_optimizers(optimizers: list[Optimizer]) -> Iterator[LocalOptimizer]:
-    return (optimizer for optimizer in optimizers if isinstance(optimizer, LocalOptimizer))

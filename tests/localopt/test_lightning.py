@@ -156,6 +156,30 @@ assert [torch.equal(*both) for both in module.seen] == [False]
     )
 
 
+def test_an_optimizer_that_never_synchronises_is_refused(tmp_path: Path) -> None:
+    ran(
+        tmp_path,
+        """
+class Forgetful(Module):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+try:
+    trainer_of().fit(Forgetful(), loader())
+except TypeError as error:
+    assert str(error).startswith("configure_optimizers() returned SGD, which never synchronises")
+else:
+    raise AssertionError("replicas that never meet")
+
+module = Module()
+trainer = trainer_of(ConsensusEvaluation())
+trainer.fit(module, loader(), loader())
+trainer.validate(module, loader())  # without an optimizer: as the model is
+assert all(torch.equal(*both) for both in module.seen) and len(module.seen) == 2
+""",
+    )
+
+
 def test_a_signal_to_stop_ends_all_ranks(tmp_path: Path) -> None:
     """Also one that waits in a synchronisation for another, slower one."""
     (tmp_path / "program.py").write_text(
