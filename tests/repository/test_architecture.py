@@ -78,11 +78,15 @@ def test_the_reader_reads(tmp_path: Path) -> None:
     assert files("localopt") and files("data"), "packages that exist are found"
 
 
+FRAMEWORKS = {"lightning", "transformers"}  # each known to the integration of its name
+
+
 def test_localopt_imports_only_torch() -> None:
-    """The library needs torch alone."""
+    """The library needs torch alone; an integration also what it is named after."""
     allowed = {"torch", "localopt", *sys.stdlib_module_names}
     for path in files("localopt"):
-        foreign = [name for name in imports(path) if name.split(".")[0] not in allowed]
+        own = {path.stem} & FRAMEWORKS if path.parent.name == "integrations" else set()
+        foreign = [name for name in imports(path) if name.split(".")[0] not in allowed | own]
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
 
 
