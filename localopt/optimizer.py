@@ -334,8 +334,9 @@ class LocalOptimizer(Around):
             NonFiniteError: if this replica holds NaN or infinity (with ``check_finite``), so that
                 it does not replace what was saved before.
             SyncError: if a collective that is in flight has failed.
+            RuntimeError: inside `consensus`, where the model is not what belongs to this state.
         """
-        self._replica.check_not_lost()
+        self._refuse("state_dict()")
         self.sync.land()
         if self._replica.meeting.check_finite:
             self._replica.check_finite_here()

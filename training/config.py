@@ -179,7 +179,7 @@ class Config:
         if self.local:
             if named.is_own(self.sync):
                 self.maker("sync")
-            with self._complaining("period"):
+            with self._about("period"):
                 parameters = named.period_parameters(self.period)
             self._check_asked_for(parameters)
         for name in () if self.local else ("buffers", "track_replicas"):

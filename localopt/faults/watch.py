@@ -362,12 +362,12 @@ class Watch:
         os._exit(DEAD)
 
 
-def _of_others(error: BaseException) -> bool:
+def _of_others(error: BaseException | None) -> bool:
     """Whether an error, or one that it comes from, is of what ranks have in common.
 
     A collective, or the store: any thread may have asked that when its keeper was gone.
     """
-    chain: BaseException | None = error
+    chain = error
     while chain is not None:
         if isinstance(chain, (dist.DistError, CollectiveError, AbsentRankError)):
             return True

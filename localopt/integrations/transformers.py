@@ -99,7 +99,7 @@ class LocalTrainer(Trainer):
         loss = super().training_step(*arguments, **named)
         self._loss = self._loss + loss
         if self.accelerator.sync_gradients:  # a step's last batch, where it accumulates gradients
-            self.local_optimizer.record_loss(self._loss)
+            self._made().record_loss(self._loss)
             self._loss = 0.0
         return loss
 
@@ -121,18 +121,22 @@ class LocalTrainer(Trainer):
         with self._consensus():
             super().save_model(output_dir, _internal_call)
 
+    def _made(self) -> LocalOptimizer:
+        assert self.local_optimizer is not None, "train() makes it first"
+        return self.local_optimizer
+
     def _consensus(self) -> AbstractContextManager[None]:
         return nullcontext() if self.local_optimizer is None else self.local_optimizer.consensus()
 
     def _finalize_training(self, *arguments: Any, **named: Any) -> Any:
-        self.local_optimizer.finish()  # before the best model is loaded: some rules would undo it
+        self._made().finish()  # before the best model is loaded: some rules would undo it
         return super()._finalize_training(*arguments, **named)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         os.makedirs(output_dir, exist_ok=True)  # rank 0 may be late
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.local_optimizer.state_dict(),
+            "optimizer": self._made().state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
         }
         torch.save(state, self._own(output_dir))
@@ -142,7 +146,7 @@ class LocalTrainer(Trainer):
             return
         state = torch.load(self._own(checkpoint), map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])  # what the Trainer has loaded is the consensus
-        self.local_optimizer.load_state_dict(state["optimizer"])
+        self._made().load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _own(self, folder: str) -> str:
