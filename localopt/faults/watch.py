@@ -137,8 +137,8 @@ class Watch:
     ) -> None:
         in_order = kind is None or (isinstance(error, SystemExit) and not error.code)
         if not in_order:
-            told = f"{kind.__name__}: {error}" if str(error) else kind.__name__
-            self._fail(told, waiting.failed or _of_others(error))
+            message = f"{kind.__name__}: {error}" if str(error) else kind.__name__
+            self._fail(message, waiting.failed or _of_others(error))
             if self.verdict and self.first and not self.failed:
                 error.add_note(self.verdict)  # the threads are about to tell it, and come too late
         self.close()
