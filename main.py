@@ -100,9 +100,11 @@ if __name__ == "__main__":
     try:
         if any(word.startswith("--plan") for word in sys.argv[1:]):
             from training.plan.plan import plan
-            from training.plan.report import report
 
-            text = report(plan(sys.argv[1:]))
+            made = plan(sys.argv[1:])
+            from training.plan.report import report  # imports torch
+
+            text = report(made)
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
             print(text)
             sys.exit()

@@ -1,6 +1,7 @@
 """Image data: writing it to FFCV's .beton files, and reading it in an order that a seed decides.
 
     write.py       `python -m data.write SOURCE --out DIR`: train.beton, val.beton, dataset.json
+    sources/       the kinds of data that it writes: a file each, of what source.py declares
     digits.py      the embedded data set: 1,797 real handwritten digits
     cifar10.py     CIFAR-10, from the folder where torchvision puts it
     imagefolder.py a tree of image files by class, such as ImageNet

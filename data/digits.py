@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from data.order import epoch_order
 
@@ -41,6 +40,8 @@ def digits(split: str = "test", size: int = 32) -> tuple[Part, Part]:
         raise ValueError(f"no split {split!r}: choose test or tune")
     if not 1 <= size <= LARGEST:
         raise ValueError(f"the image size must lie in [1, {LARGEST}], got {size}")
+    from sklearn.datasets import load_digits  # takes seconds to import
+
     data = load_digits()
     images, labels = data.images, data.target.astype(np.int64)
     train, held_out = stratified(labels, HELD_OUT, seed=_SPLIT_SEED)

@@ -30,6 +30,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data.dataset import DataError
 from data.order import Stream, draws
+from data.source import Stored, levels
 
 # As in torchvision; and the formats of these names, for Pillow knows some that run programs.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -37,15 +38,6 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 LARGEST = 4096  # pixels; an image and then a page of the file have to fit into memory
 
 _CHUNK, _CHUNK_BYTES = 8, 2**23  # images handed over at once; fewer if they could take more bytes
-
-
-class Stored(NamedTuple):
-    """An image as a .beton holds it: (bytes,) uint8, a JPEG or rows of RGB pixels."""
-
-    jpeg: bool
-    height: int
-    width: int
-    content: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -372,13 +364,6 @@ def _prepare(slot: int, first: int, paths: list[Path]) -> _Chunk:
         place += content.size
         images.append((jpeg, height, width, content.size))
     return images, counts
-
-
-def levels(image: np.ndarray) -> np.ndarray:
-    """How often each level occurs in each channel of (H, W, 3) uint8: (3, 256) int64."""
-    # Floats, but exact ones: no level occurs more than LARGEST**2 = 2**24 times.
-    counts = [cv2.calcHist([image], [c], None, [256], [0, 256]).reshape(-1) for c in range(3)]
-    return np.array(counts).astype(np.int64)
 
 
 def _what_is_wrong(error: Exception) -> str:

@@ -14,16 +14,15 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from data import cifar10, digits, imagefolder
+from data import imagefolder, sources
 from data.dataset import DESCRIPTION, TRAIN, VAL, DataError, Dataset, File
 from data.ffcv_parts import (
     JPEG,
@@ -34,223 +33,18 @@ from data.ffcv_parts import (
     MemoryAllocator,
     RGBImageField,
 )
-from data.imagefolder import Stored
+from data.source import Content, Samples, Stored, folder_name
 
 QUALITY = 90  # of JPEGs made from arrays
-NAMED = 20  # broken images that an error lists
 PLACE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])  # FFCV's
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std that everybody uses
 
-
-class Samples(Protocol):
-    """Pairs of an image and its label, the image an array (H, W, 3) uint8 or stored already.
-
-    `len` is how many there are, or more: a source may find only then that one can't be read.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray | Stored, int]]: ...
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a source provides. `classes`, `mean` and `std` as in `Dataset`.
-
-    Attributes:
-        mode: how arrays are stored, "raw" or "jpg".
-        page_size: of the file, in bytes, a power of two. No image can take more.
-        findings: called once train and val were gone through, for entries of `Dataset` that are
-            known only then. A DataError leaves nothing written.
-    """
-
-    classes: list[str]
-    mean: list[float]
-    std: list[float]
-    train: Samples
-    val: Samples
-    mode: str = "raw"
-    page_size: int = MIN_PAGE_SIZE  # FFCV's smallest: a file is at least two pages long
-    findings: Callable[[], dict[str, Any]] = dict
-
-
-@dataclass(frozen=True)
-class Source:
-    """A kind of data that can be written.
-
-    Attributes:
-        add_flags: declares the source's own flags, its settings.
-        load: from the settings to the content.
-        record: from the settings to what dataset.json records: by default themselves. Two that
-            record the same are the same data.
-    """
-
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    load: Callable[..., Content]
-    record: Callable[..., dict[str, Any]] = dict
-
-
-def _path(text: str) -> Path:
-    """A folder from a flag, whose name would fit the line of an error."""
-    if not text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder")
-    return Path(text)
-
-
-def _digits_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=int, default=32, help="side in pixels (default 32)")
-    parser.add_argument(
-        "--split", choices=["test", "tune"], default="test",
-        help="evaluate on the test part, or on a part of the training part to choose settings",
-    )  # fmt: skip
-
-
-def _load_digits(size: int, split: str) -> Content:
-    return _content(digits.CLASSES, *digits.digits(split, size))
-
-
-def _cifar10_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--folder", type=_path, required=True,
-        help=f"{cifar10.FOLDER}, or the folder that torchvision put it into",
-    )  # fmt: skip
-
-
-def _load_cifar10(folder: Path) -> Content:
-    return _content(*cifar10.cifar10(folder))
-
-
-def _imagefolder_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Write an ImageFolder tree, such as ImageNet: TREE/train/CLASS/*.JPEG and "
-        "TREE/val/CLASS/*.JPEG. The defaults are those of FFCV's ImageNet of 500 pixels, half of "
-        "it JPEG of quality 90. Images are found by their extensions "
-        f"({' '.join(imagefolder.EXTENSIONS)}), below each class's folder; other files and hidden "
-        "ones are ignored. Each is decoded, and all that are broken are reported at the end."
-    )
-    add = parser.add_argument
-    add("--folder", type=_path, required=True, metavar="TREE", help="the tree to read")
-    add(
-        "--max-size", type=int, default=500, metavar="PIXELS",
-        help="an image whose longer side exceeds this is scaled down until it doesn't, keeping its "
-        "shape, by averaging over areas (OpenCV's INTER_AREA, sides rounded down, as FFCV does); "
-        "smaller ones keep their size (default 500)",
-    )  # fmt: skip
-    add(
-        "--mode", choices=["jpg", "raw", "proportion"], default="proportion",
-        help="store all as JPEG, all as pixels, or a share of them as JPEG, chosen by an image's "
-        "place in the list of files (default proportion)",
-    )  # fmt: skip
-    add(
-        "--jpeg-share", type=float, metavar="SHARE",
-        help="with mode proportion: how probably an image is stored as JPEG, 0 to 1 (default 0.5)",
-    )  # fmt: skip
-    add("--quality", type=int, default=90, help="of the JPEGs, 1 to 100 (default 90)")
-    add(
-        "--statistics", choices=["imagenet", "measured"], default="imagenet",
-        help="mean and standard deviation to normalise with: the usual ones of ImageNet, or those "
-        "of the training images as scaled (default imagenet)",
-    )  # fmt: skip
-    add(
-        "--skip-broken", action="store_true",
-        help="leave broken images out, and name them in dataset.json, instead of refusing",
-    )  # fmt: skip
-    add(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="processes that decode and compress; the result doesn't depend on their number "
-        "(default: one per core, %(default)s here)",
-    )  # fmt: skip
-
-
-def _record_imagefolder(
-    folder: Path, mode: str, jpeg_share: float | None, workers: int, **settings: Any
-) -> dict[str, Any]:
-    storage = _storage(mode=mode, jpeg_share=jpeg_share, **settings)
-    kept = {key: settings[key] for key in ("statistics", "skip_broken")}
-    return asdict(storage) | kept | imagefolder.identity(imagefolder.find(folder))
-
-
-def _storage(
-    mode: str, jpeg_share: float | None, max_size: int, quality: int, **_: Any
-) -> imagefolder.Storage:
-    if jpeg_share is not None and mode != "proportion":
-        raise ValueError(
-            f"a share of JPEGs, got {jpeg_share}, goes with mode proportion, not with {mode}"
-        )
-    share = 0.5 if jpeg_share is None else jpeg_share
-    return imagefolder.Storage(max_size, quality, {"raw": 0.0, "jpg": 1.0}.get(mode, share))
-
-
-def _load_imagefolder(
-    folder: Path, workers: int, statistics: str, skip_broken: bool, **settings: Any
-) -> Content:
-    tree, storage = imagefolder.find(folder), _storage(**settings)
-    measured = statistics == "measured"
-    train = imagefolder.Images(tree.train, storage, workers=workers, counting=measured)
-    val = imagefolder.Images(tree.val, storage, workers=workers)
-
-    def findings() -> dict[str, Any]:
-        broken = train.broken | val.broken
-        if broken and not skip_broken:
-            raise _broken(folder, broken, len(train) + len(val))
-        for images in (train, val):
-            if len(images.broken) == len(images):
-                raise DataError(f"{folder}: no image is left")
-        found: dict[str, Any] = {"skipped": list(broken)}
-        if measured:
-            found["mean"], found["std"] = _moments(train.counts)
-        return found
-
-    page_size = max(4 * MIN_PAGE_SIZE, 1 << (storage.room - 1).bit_length())
-    return Content(tree.classes, *IMAGENET, train, val, page_size=page_size, findings=findings)
-
-
-def _broken(folder: Path, broken: dict[str, str], images: int) -> DataError:
-    lines = [f"{folder / name}: {reason}" for name, reason in broken.items()]
-    if len(lines) > NAMED:
-        lines[NAMED:] = [f"and {len(lines) - NAMED} more"]
-    return DataError(
-        f"{len(broken)} of {images} images are broken, nothing is written "
-        "(--skip-broken leaves them out):" + "".join(f"\n  {line}" for line in lines)
-    )
-
-
-def _content(
-    classes: list[str], train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]
-) -> Content:
-    """Images (n, H, W, 3) uint8 and labels (n,) of both parts, with statistics of the first."""
-    counts = np.zeros((3, 256), np.int64)
-    for image in train[0]:
-        counts += imagefolder.levels(image)
-    return Content(
-        classes,
-        *_moments(counts),
-        train=list(zip(*train, strict=True)),
-        val=list(zip(*val, strict=True)),
-    )
-
-
-def _moments(counts: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, from (3, 256) how often each level occurs."""
-    # From histograms: CIFAR-10's images would take a gigabyte as floating-point numbers.
-    shares, levels = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
-    mean = shares @ levels
-    std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
-    return mean.round(6).tolist(), std.round(6).tolist()
-
-
-SOURCES = {
-    "digits": Source(_digits_flags, _load_digits),
-    "cifar10": Source(_cifar10_flags, _load_cifar10, cifar10.identity),
-    "imagefolder": Source(_imagefolder_flags, _load_imagefolder, _record_imagefolder),
-}
 
 
 def write(name: str, settings: dict[str, Any], out: Path, *, force: bool = False) -> bool:
     """Write a source's data into a folder, unless they are there already.
 
     Args:
-        name: a key of SOURCES.
+        name: one of `data.sources.NAMES`.
         settings: the source's flags.
         out: the folder; made if missing.
         force: write even over valid files or another data set.
@@ -263,7 +57,7 @@ def write(name: str, settings: dict[str, Any], out: Path, *, force: bool = False
             files aren't as they should be.
         ValueError: the source refuses the settings.
     """
-    source = SOURCES[name]
+    source = sources.source(name)
     recorded = source.record(**settings)
     if not force and _is_there(name, recorded, out):
         return False
@@ -301,7 +95,7 @@ def write_content(name: str, settings: dict[str, Any], content: Content, out: Pa
 
 
 def write_beton(
-    path: Path, samples: Samples, mode: str, label: str, page_size: int = MIN_PAGE_SIZE
+    path: Path, samples: Samples, mode: str, label: str, page_size: int | None = None
 ) -> int:
     """Write one file with the fields `image` and `label`.
 
@@ -315,7 +109,8 @@ def write_beton(
         The number of images.
     """
     fields = {"image": RGBImageField(), "label": IntField()}
-    return _Writer(str(path), fields, page_size, num_workers=1).write(samples, mode, label)
+    writer = _Writer(str(path), fields, page_size or MIN_PAGE_SIZE, num_workers=1)
+    return writer.write(samples, mode, label)
 
 
 class _Writer(DatasetWriter):
@@ -435,12 +230,12 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0; or, with the reason on stderr, 2 or 130."""
     parser = _Parser(prog="python -m data.write", description="Write a data set as .beton files.")
-    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    for name, source in SOURCES.items():
-        sub = sources.add_parser(name)
-        sub.add_argument("--out", type=_path, required=True, help="folder to write to")
+    kinds = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    for name in sources.NAMES:
+        sub = kinds.add_parser(name)
+        sub.add_argument("--out", type=folder_name, required=True, help="folder to write to")
         sub.add_argument("--force", action="store_true", help="write even if all is there")
-        source.add_flags(sub)
+        sources.source(name).add_flags(sub)
     settings = vars(parser.parse_args(arguments))
     name, out, force = (settings.pop(key) for key in ("source", "out", "force"))
     try:

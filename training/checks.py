@@ -42,9 +42,7 @@ def with_fitting_batches(config: Config, replicas: int) -> Config:
 def with_resolution(config: Config, side: int | None) -> Config:
     """``config`` with the images' own resolution, where it leaves that to them.
 
-    Args:
-        config: the settings.
-        side: of all images, in pixels; None where they differ.
+    Their ``side`` is None where they differ.
 
     Raises:
         ConfigError: if it leaves it to images that differ.

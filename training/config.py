@@ -9,20 +9,34 @@ import inspect
 import math
 import os
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from . import loggers
-from .values import ConfigError, checked_path, shortened
+from .values import ConfigError, about, checked_path, shortened
 
 
-def _setting(default: Any, group: str, text: str) -> Any:
-    metadata = {"group": group, "help": text}
+def _setting(default: Any, group: str, text: str, **bounds: float) -> Any:
+    """A row: ``low`` and ``high`` bound a number; ``derived`` is its least, where -1 derives it."""
+    metadata = {"group": group, "help": text, "bounds": bounds}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _problem(
+    value: Any, low: float | None = None, high: float | None = None, derived: float | None = None
+) -> str | None:
+    """Why a number is out of bounds; None if it is not."""
+    if derived is not None and value != -1 and value < derived:
+        return f"at least {derived}, or -1 to derive it"
+    if low is not None and high is None and value < low:
+        return f"it must be at least {low}"
+    if low is not None and high is not None and not low <= value <= high:
+        return f"it must lie between {low} and {high}"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,60 +46,60 @@ class Config:
     # fmt: off
     data: str = _setting("digits", "data", "data set: the folder below data_pth with train.beton, val.beton")
     data_pth: str = _setting(".localopt/data", "data", "folder of data sets (host file)")
-    resolution: int = _setting(-1, "data", "training and validation images are this many pixels square; -1: as the data set stores them, if all are alike")
-    val_crop_ratio: float = _setting(0.875, "data", "validation: side of the centre crop over the shorter side; 224/256 does what resize 256, centre crop 224 does")
-    label_skew: float = _setting(0.0, "data", "concentration of the Dirichlet distribution that each replica's own class mix is drawn from, smaller: more skewed; 0: replicas share the data evenly")
-    nw: int = _setting(1, "data", "loader workers (threads) per replica")
-    seed: int = _setting(0, "data", "seed of order, augmentation and dropout")
+    resolution: int = _setting(-1, "data", "training and validation images are this many pixels square; -1: as the data set stores them, if all are alike", low=-1, high=65_535, derived=1)
+    val_crop_ratio: float = _setting(0.875, "data", "validation: side of the centre crop over the shorter side; 224/256 does what resize 256, centre crop 224 does", low=1e-3, high=1)
+    label_skew: float = _setting(0.0, "data", "concentration of the Dirichlet distribution that each replica's own class mix is drawn from, smaller: more skewed; 0: replicas share the data evenly", low=0, high=1e6)
+    nw: int = _setting(1, "data", "loader workers (threads) per replica", low=1, high=1024)
+    seed: int = _setting(0, "data", "seed of order, augmentation and dropout", low=0, high=2**32 - 1)
 
     crop_scale: tuple[float, float] = _setting((0.08, 1.0), "augmentation", "share of an image's area that a random crop keeps")
-    crop_padding: int = _setting(0, "augmentation", "pad training images with so many black pixels on each side and crop their own size at random, instead of crop_scale; 0: do not")
+    crop_padding: int = _setting(0, "augmentation", "pad training images with so many black pixels on each side and crop their own size at random, instead of crop_scale; 0: do not", low=0, high=65_535)
     flip: bool = _setting(True, "augmentation", "mirror half of the training images")
-    randaugment_depth: int = _setting(0, "augmentation", "RandAugment: operations on each training image; 0: none")
-    randaugment_severity: float = _setting(9.0, "augmentation", "RandAugment: strength, up to 10")
+    randaugment_depth: int = _setting(0, "augmentation", "RandAugment: operations on each training image; 0: none", low=0, high=100)
+    randaugment_severity: float = _setting(9.0, "augmentation", "RandAugment: strength, up to 10", low=1, high=10)
     randaugment_operations: Literal["all", "safe", "original"] = _setting("all", "augmentation", "RandAugment: composer's set of operations")
-    mixup: float = _setting(0.0, "augmentation", "Mixup: parameter of the Beta distribution; 0: none")
-    label_smoothing: float = _setting(0.0, "augmentation", "label smoothing of the training loss")
-    resize_initial_scale: float = _setting(1.0, "augmentation", "progressive resizing: images start at this share of the resolution; 1: none")
-    resize_finetune_fraction: float = _setting(0.2, "augmentation", "progressive resizing: share of the run that ends it at full resolution")
+    mixup: float = _setting(0.0, "augmentation", "Mixup: parameter of the Beta distribution; 0: none", low=0, high=1e6)
+    label_smoothing: float = _setting(0.0, "augmentation", "label smoothing of the training loss", low=0, high=1)
+    resize_initial_scale: float = _setting(1.0, "augmentation", "progressive resizing: images start at this share of the resolution; 1: none", low=0.05, high=1)
+    resize_finetune_fraction: float = _setting(0.2, "augmentation", "progressive resizing: share of the run that ends it at full resolution", low=0, high=1)
 
     model: str = _setting("simplevit-digits", "model", "name of a model in training/models.py")
-    init_model_by_seed: int = _setting(0, "model", "seed of the initial weights; -1: take them from resume_pth")
+    init_model_by_seed: int = _setting(0, "model", "seed of the initial weights; -1: take them from resume_pth", low=-1, high=2**32 - 1)
     precision: Literal["fp32", "bf16", "fp16"] = _setting("fp32", "model", "bf16, fp16: autocast, weights stay fp32; fp16 with loss scaling")
     compile: bool | None = _setting(None, "model", "torch.compile the model; auto: on a GPU, where the model gains by it")
     channels_last: bool = _setting(False, "model", "keep convolutions' weights in memory format channels_last")
     blurpool: bool = _setting(False, "model", "BlurPool: blur before strided convolutions and max pooling")
     squeeze_excite: bool = _setting(False, "model", "squeeze-and-excitation after wide convolutions")
 
-    epochs: int = _setting(60, "length", "epochs to train")
-    epochs_for_sche: int = _setting(-1, "length", "epochs the learning-rate schedule spans; -1: epochs")
-    steps_per_epoch: int = _setting(-1, "length", "steps in an epoch; -1: all that the data gives")
-    total_batch_size: int = _setting(64, "length", "images per step over all replicas")
-    physical_batch_size: int = _setting(32, "length", "images per forward pass, at most; gradient accumulation follows")
+    epochs: int = _setting(60, "length", "epochs to train", low=0, high=10**6)
+    epochs_for_sche: int = _setting(-1, "length", "epochs the learning-rate schedule spans; -1: epochs", derived=1)
+    steps_per_epoch: int = _setting(-1, "length", "steps in an epoch; -1: all that the data gives", derived=1)
+    total_batch_size: int = _setting(64, "length", "images per step over all replicas", low=1)
+    physical_batch_size: int = _setting(32, "length", "images per forward pass, at most; gradient accumulation follows", low=1)
 
     optimizer: Literal["sgd", "adamw", "localsgd", "localadamw"] = _setting("localadamw", "optimizer", "sgd and adamw: data-parallel")
-    max_lr: float = _setting(1e-3, "optimizer", "peak learning rate")
-    min_lr: float = _setting(1e-6, "optimizer", "rate at the start of the warm-up, and where cosine, linear and cosine-step end")
-    momentum: float = _setting(0.9, "optimizer", "SGD momentum")
+    max_lr: float = _setting(1e-3, "optimizer", "peak learning rate", low=0)
+    min_lr: float = _setting(1e-6, "optimizer", "rate at the start of the warm-up, and where cosine, linear and cosine-step end", low=0)
+    momentum: float = _setting(0.9, "optimizer", "SGD momentum", low=0, high=1)
     nesterov: bool = _setting(False, "optimizer", "Nesterov momentum for SGD")
-    wd: float = _setting(0.05, "optimizer", "weight decay")
-    beta1: float = _setting(0.9, "optimizer", "AdamW's decay of the first moment")
-    beta2: float = _setting(0.999, "optimizer", "AdamW's decay of the second moment")
-    eps: float = _setting(1e-8, "optimizer", "AdamW's epsilon")
-    clip_norm: float = _setting(0.0, "optimizer", "clip the global norm of a replica's own gradient, data-parallel: of the averaged one; 0: do not")
+    wd: float = _setting(0.05, "optimizer", "weight decay", low=0)
+    beta1: float = _setting(0.9, "optimizer", "AdamW's decay of the first moment", low=0, high=1)
+    beta2: float = _setting(0.999, "optimizer", "AdamW's decay of the second moment", low=0, high=1)
+    eps: float = _setting(1e-8, "optimizer", "AdamW's epsilon", low=0)
+    clip_norm: float = _setting(0.0, "optimizer", "clip the global norm of a replica's own gradient, data-parallel: of the averaged one; 0: do not", low=0)
 
     scheduler: Literal["cosine", "linear", "step", "cosine-step", "const"] = _setting("cosine", "schedule", "learning-rate decay after the warm-up")
     decay_points: tuple[float, ...] = _setting((), "schedule", "epochs at which 'step' multiplies the rate by gamma")
-    gamma: float = _setting(0.1, "schedule", "factor of 'step'")
-    warmup_epochs: float = _setting(0.0, "schedule", "linear warm-up, epochs")
-    warmup_steps: int = _setting(-1, "schedule", "linear warm-up, steps; overrides warmup_epochs")
+    gamma: float = _setting(0.1, "schedule", "factor of 'step'", low=0, high=1)
+    warmup_epochs: float = _setting(0.0, "schedule", "linear warm-up, epochs", low=0, high=1e6)
+    warmup_steps: int = _setting(-1, "schedule", "linear warm-up, steps; overrides warmup_epochs", derived=0)
 
     period: str = _setting("qsr", "synchronisation", "when replicas synchronise: a period's name, or the import path of one of your own")
     alpha: float = _setting(0.0, "synchronisation", "qsr, power: growth coefficient, in units of the learning rate")
-    power: float = _setting(2.0, "synchronisation", "power: exponent")
-    h_base: int = _setting(4, "synchronisation", "least local steps per round; constant, post-local: H itself")
-    h_max: int = _setting(-1, "synchronisation", "most local steps per round; -1: no cap")
-    switch_step: int = _setting(-1, "synchronisation", "post-local, swap: step at which rounds lengthen")
+    power: float = _setting(2.0, "synchronisation", "power: exponent", low=0)
+    h_base: int = _setting(4, "synchronisation", "least local steps per round; constant, post-local: H itself", low=1)
+    h_max: int = _setting(-1, "synchronisation", "most local steps per round; -1: no cap", derived=1)
+    switch_step: int = _setting(-1, "synchronisation", "post-local, swap: step at which rounds lengthen", low=-1)
     period_settings: dict[str, Any] = _setting({}, "synchronisation", "the period's further settings, such as warmup_h; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
     sync: str = _setting("average", "synchronisation", "how replicas synchronise: a rule's name, or the import path of one of your own")
     sync_settings: dict[str, Any] = _setting({}, "synchronisation", "the rule's own settings, as README lists them; a flag replaces all of the recipe's")  # noqa: RUF009 (a field)
@@ -95,14 +109,14 @@ class Config:
     eval_at: Literal["sync", "epoch"] = _setting("sync", "evaluation", "sync: at each epoch's last synchronisation; epoch: at each epoch's end, of the consensus")
     eval_on_start: bool = _setting(False, "evaluation", "evaluate before the first step")
     bn: bool = _setting(True, "evaluation", "re-estimate BatchNorm statistics before evaluation")
-    bn_batches: int = _setting(128, "evaluation", "training micro-batches for that, over all replicas")
-    ema: float = _setting(0.0, "evaluation", "evaluate an exponential moving average of the synchronised model too; its smoothing per step; 0: none")
+    bn_batches: int = _setting(128, "evaluation", "training micro-batches for that, over all replicas", low=1)
+    ema: float = _setting(0.0, "evaluation", "evaluate an exponential moving average of the synchronised model too; its smoothing per step; 0: none", low=0, high=1)
 
     log_pth: str = _setting(".localopt/runs", "records", "folder of run folders (host file)")
-    log_freq: int = _setting(20, "records", "steps between training records")
-    save_freq: int = _setting(0, "records", "epochs between checkpoints; 0: only at the end")
-    save_steps: int = _setting(0, "records", "steps between checkpoints, also in the middle of a round or epoch; 0: only as save_freq says")
-    save_keep: int = _setting(2, "records", "newest checkpoints to keep, besides the one with the best top-1 accuracy; 0: all")
+    log_freq: int = _setting(20, "records", "steps between training records", low=1)
+    save_freq: int = _setting(0, "records", "epochs between checkpoints; 0: only at the end", low=0)
+    save_steps: int = _setting(0, "records", "steps between checkpoints, also in the middle of a round or epoch; 0: only as save_freq says", low=0)
+    save_keep: int = _setting(2, "records", "newest checkpoints to keep, besides the one with the best top-1 accuracy; 0: all", low=0)
     save_opt: bool = _setting(True, "records", "save optimizer state, so that the run can be resumed")
     loggers: tuple[str, ...] = _setting((), "records", "where records go besides metrics.jsonl, by name: tensorboard, mlflow")
     wandb: Literal["online", "offline", "offline-sync", "disabled"] = _setting("disabled", "records", "Weights & Biases; offline-sync: offline, and wandb-osh uploads from another host")
@@ -112,28 +126,23 @@ class Config:
 
     resume: Literal["never", "auto"] = _setting("never", "resuming", "auto: continue the newest unfinished run in log_pth that has these settings, from its newest whole checkpoint; where there is none, start as without")
     resume_pth: str = _setting("", "resuming", "checkpoint folder to continue from, or a file of weights to start from")
-    resume_from_epoch: int = _setting(-1, "resuming", "epoch to start at; -1: the checkpoint's, 0 with a file of weights")
-    resume_from_step: int = _setting(-1, "resuming", "step to start at, counted over the whole run; overrides resume_from_epoch")
+    resume_from_epoch: int = _setting(-1, "resuming", "epoch to start at; -1: the checkpoint's, 0 with a file of weights", derived=0)
+    resume_from_step: int = _setting(-1, "resuming", "step to start at, counted over the whole run; overrides resume_from_epoch", derived=0)
     optimizer_resume_pth: str = _setting("", "resuming", "with a file of weights: checkpoint folder to take the inner optimizers' state from")
     multiple_optimizers: bool = _setting(True, "resuming", "each rank takes its own optimizer state from there; else all take rank 0's")
 
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "machine", "auto: GPUs where there are some")
-    dead_after: float = _setting(60.0, "machine", "seconds without a sign of life after which a rank is dead, and the run ends on all hosts")
-    stall_after: float = _setting(1800.0, "machine", "seconds without progress after which a rank hangs, and the run ends; more than the longest step")
+    dead_after: float = _setting(60.0, "machine", "seconds without a sign of life after which a rank is dead, and the run ends on all hosts", low=1, high=86_400)
+    stall_after: float = _setting(1800.0, "machine", "seconds without progress after which a rank hangs, and the run ends; more than the longest step", low=1, high=86_400)
     deterministic: bool = _setting(False, "machine", "only kernels whose results never change from run to run, so that a resumed run is bit for bit the same on a GPU too; slower")
-    local_rank: int = _setting(0, "machine", "place on this host, from the launcher")
+    local_rank: int = _setting(0, "machine", "rank on this host, from the launcher", low=0)
     deepspeed_config: str = _setting("", "machine", "DeepSpeed JSON merged into the engine's settings")
     # fmt: on
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"{name} is {value}: it must be at least {least}")
-        for name, least in _DERIVED.items():
-            value = getattr(self, name)
-            if value != -1 and value < least:
-                raise ConfigError(f"{name} is {value}: at least {least}, or -1 to derive it")
+        for name, f in FIELDS.items():
+            if problem := _problem(getattr(self, name), **f.metadata["bounds"]):
+                raise ConfigError(f"{name} is {getattr(self, name)}: {problem}")
         self._check_ranges()
         if self.scheduler == "step" and not self.decay_points:
             raise ConfigError("decay_points is empty: scheduler step needs epochs to decay at")
@@ -153,7 +162,7 @@ class Config:
         for name in _PATHS:
             checked_path(getattr(self, name), name)
         checked_path(os.path.join(self.data_pth, self.data), "data")
-        with self._complaining("loggers"):
+        with self._about("loggers"):
             loggers.check(self.loggers)
         self._check_synchronisation()
         self._check_resuming()
@@ -165,12 +174,12 @@ class Config:
         from . import named  # which looks for the library's own names only when it is asked
 
         for setting in named.KINDS:
-            with self._complaining(setting):
+            with self._about(setting):
                 named.check(setting, getattr(self, setting))
         if self.local:
             if named.is_own(self.sync):
                 self.maker("sync")
-            with self._complaining("period"):
+            with self._about("period"):
                 parameters = named.period_parameters(self.period)
             self._check_asked_for(parameters)
         for name in () if self.local else ("buffers", "track_replicas"):
@@ -195,19 +204,14 @@ class Config:
         least, _ = _ASKED_FOR.get(name, (None, ""))
         return getattr(self, name) == least and parameter.default is not parameter.empty
 
-    @contextmanager
-    def _complaining(self, setting: str) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            value = shortened(getattr(self, setting))
-            raise ConfigError(f"{setting} is {value}: {error}") from None
+    def _about(self, setting: str) -> AbstractContextManager[None]:
+        return about(f"{setting} is {shortened(getattr(self, setting))}")
 
     def maker(self, setting: Literal["period", "sync"]) -> Callable[..., Any]:
         """The class that a setting names, or the function that makes one. May import it."""
         from . import named
 
-        with self._complaining(setting):
+        with self._about(setting):
             return named.maker(setting, getattr(self, setting))
 
     def _check_resuming(self) -> None:
@@ -220,10 +224,6 @@ class Config:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give resume_pth too")
 
     def _check_ranges(self) -> None:
-        for name, (low, high) in _RANGE.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ConfigError(f"{name} is {value}: it must lie between {low} and {high}")
         for name in ("momentum", "beta1", "beta2", "ema"):
             if getattr(self, name) == 1:
                 raise ConfigError(f"{name} is 1: it must be less, or nothing new counts")
@@ -239,11 +239,11 @@ class Config:
             raise ConfigError(f"label_skew is {self.label_skew}: at least 1e-06, or 0 for none")
         if self.min_lr > self.max_lr:
             raise ConfigError(f"min_lr is {self.min_lr}: it exceeds max_lr, {self.max_lr}")
-        for f in fields(self):
-            value = getattr(self, f.name)
+        for name in FIELDS:
+            value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
-                    raise ConfigError(f"{f.name} is {number}: it must be finite")
+                    raise ConfigError(f"{name} is {number}: it must be finite")
 
     @property
     def local(self) -> bool:
@@ -255,24 +255,6 @@ class Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-_LEAST = {
-    "total_batch_size": 1, "physical_batch_size": 1, "max_lr": 0, "min_lr": 0, "wd": 0, "eps": 0,
-    "clip_norm": 0, "h_base": 1, "bn_batches": 1, "log_freq": 1, "save_freq": 0, "save_steps": 0, "save_keep": 0,
-    "local_rank": 0, "power": 0, "switch_step": -1,
-}  # fmt: skip
-_DERIVED = {
-    "steps_per_epoch": 1, "epochs_for_sche": 1, "h_max": 1, "warmup_steps": 0, "resolution": 1,
-    "resume_from_epoch": 0, "resume_from_step": 0,
-}  # fmt: skip
-_RANGE = {
-    "gamma": (0, 1), "label_smoothing": (0, 1), "momentum": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "val_crop_ratio": (1e-3, 1),
-    "seed": (0, 2**32 - 1), "init_model_by_seed": (-1, 2**32 - 1), "warmup_epochs": (0, 1e6),
-    "epochs": (0, 10**6), "nw": (1, 1024), "resolution": (-1, 65_535),
-    "randaugment_depth": (0, 100), "randaugment_severity": (1, 10), "mixup": (0, 1e6), "resize_initial_scale": (0.05, 1),
-    "resize_finetune_fraction": (0, 1), "ema": (0, 1),
-    "crop_padding": (0, 65_535), "label_skew": (0, 1e6), "dead_after": (1, 86_400),
-    "stall_after": (1, 86_400),
-}  # fmt: skip
 # What a period may take that is a setting of the program, by the name that the period has for it.
 PERIOD_TAKES = {
     "alpha": "alpha", "h": "h_base", "base": "h_base", "power": "power",

@@ -24,12 +24,8 @@ from .engine import Engine, ReplicaOptimizer
 from .optimizers import DataParallel
 from .values import ConfigError, absolute
 
-import deepspeed.ops  # isort: skip
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # isort: skip
 from deepspeed.runtime.config import DeepSpeedConfigError  # isort: skip
-
-# Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # How DeepSpeed complains of its settings.
 _REFUSALS = (DeepSpeedConfigError, NotImplementedError, ValueError, TypeError, AssertionError)
@@ -54,14 +50,15 @@ class _DeepSpeedEngine(Engine):
         self, config: Config, model: nn.Module, optimizer: ReplicaOptimizer, world_size: int
     ) -> None:
         super().__init__(config, model, optimizer, world_size)
-        self._engine = self._initialized(self._client())
+        self._engine = self._initialized(optimizer if config.local else optimizer.inner)
         if config.compile:
             self.model.compile()
         self.scaler = self._engine.torch_autocast_z0_gradscaler
+        self._set_up()
 
     @abstractmethod
-    def _client(self) -> torch.optim.Optimizer:
-        """The optimizer that DeepSpeed's engine drives."""
+    def _set_up(self) -> None:
+        """Say what becomes of gradients."""
 
     def _initialized(self, client: torch.optim.Optimizer) -> deepspeed.DeepSpeedEngine:
         device = next(self.model.parameters()).device
@@ -84,9 +81,9 @@ class _DeepSpeedEngine(Engine):
             except _REFUSALS as error:
                 if not self.config.deepspeed_config:
                     raise
-                told = f"DeepSpeed refuses it: {' '.join(str(error).split())}"
+                refusal = f"DeepSpeed refuses it: {' '.join(str(error).split())}"
                 path = absolute(self.config.deepspeed_config)
-                raise ConfigError(f"deepspeed_config {path}: {told}") from None
+                raise ConfigError(f"deepspeed_config {path}: {refusal}") from None
         return engine
 
     def forward(self, images: Tensor) -> Tensor:
@@ -108,23 +105,14 @@ class LocalEngine(_DeepSpeedEngine):
 
     optimizer: LocalOptimizer
 
-    def __init__(
-        self, config: Config, model: nn.Module, optimizer: LocalOptimizer, world_size: int
-    ) -> None:
-        super().__init__(config, model, optimizer, world_size)
+    def _set_up(self) -> None:
         self._engine.enable_backward_allreduce = False
-        self._records_loss = config.track_replicas or optimizer.sync.needs_loss
-
-    def _client(self) -> torch.optim.Optimizer:
-        return self.optimizer
+        self.centre = self.optimizer.sync.centre
+        self._records_loss = self.config.track_replicas or self.optimizer.sync.needs_loss
 
     @property
     def agreed(self) -> bool:
         return self.optimizer.synced and self.optimizer.sync.replicas_agree
-
-    @property
-    def centre(self) -> bool:
-        return self.optimizer.sync.centre
 
     def record_loss(self, loss: Tensor) -> None:
         if self._records_loss:
@@ -137,19 +125,7 @@ class DataParallelEngine(_DeepSpeedEngine):
     optimizer: DataParallel
     agreed, centre = True, False
 
-    def __init__(
-        self, config: Config, model: nn.Module, optimizer: DataParallel, world_size: int
-    ) -> None:
-        super().__init__(config, model, optimizer, world_size)
-        self._time_all_reduce()
-
-    def _client(self) -> torch.optim.Optimizer:
-        return self.optimizer.inner
-
-    def record_loss(self, loss: Tensor) -> None:
-        pass
-
-    def _time_all_reduce(self) -> None:
+    def _set_up(self) -> None:
         reduce, timer = self._engine.allreduce_gradients, _Timer(self.model)
 
         @functools.wraps(reduce)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import difflib
 import json
 import logging
 from typing import Any
@@ -14,34 +13,32 @@ from . import distributed
 from .config import Config
 from .engine import AUTOCAST
 from .settings import text_of
-from .values import ConfigError, absolute, shortened
+from .values import ConfigError, about, absolute, did_you_mean, shortened
 
 if not torch.accelerator.is_available():
-    # Told so, DeepSpeed does not search for accelerators, and does not warn that there is none.
+    # With this DeepSpeed does not search for accelerators, and does not warn that there is none.
     distributed.set_default("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import deepspeed.ops
 from deepspeed.runtime.config_utils import DeepSpeedConfigObject
 from deepspeed.utils.logging import log_levels
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Compiling DeepSpeed's shared-memory collective takes a minute, and only inference uses it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+# By setting of the recipe: what DeepSpeed has for it.
 _OURS = {
-    "train_batch_size": "total_batch_size",
-    "train_micro_batch_size_per_gpu": "physical_batch_size",
-    "gradient_accumulation_steps": "physical_batch_size",
-    "gradient_clipping": "clip_norm",
-    "optimizer": "optimizer",
-    "scheduler": "scheduler",
-    "bf16": "precision",
-    "fp16": "precision",
-    "bfloat16": "precision",
-    "amp": "precision",
-    "torch_autocast": "precision",
-    "managed_gradient_accumulation": "physical_batch_size",
-    "elasticity": "total_batch_size",
-    "compile": "compile",
-}
+    "total_batch_size": ("train_batch_size", "elasticity"),
+    "physical_batch_size": (
+        "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "managed_gradient_accumulation",
+    ),
+    "precision": ("bf16", "fp16", "bfloat16", "amp", "torch_autocast"),
+    "clip_norm": ("gradient_clipping",),
+    "optimizer": ("optimizer",), "scheduler": ("scheduler",), "compile": ("compile",),
+}  # fmt: skip
 
 
 def settings_of(config: Config, accumulation: int) -> dict[str, Any]:
@@ -80,14 +77,13 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 def _user_json(config: Config) -> dict[str, Any]:
     path = absolute(config.deepspeed_config)
-    try:
+    with about(f"deepspeed_config {path}"):
         content = _from_json(text_of(path))
-        _take_out(content, {key: f"it is the recipe's: set {_OURS[key]} there" for key in _OURS})
+        for name, keys in _OURS.items():
+            _take_out(content, dict.fromkeys(keys, f"it is the recipe's: set {name} there"))
         _check_stage(config, content.get("zero_optimization", {}))
         _take_out(content, _SPLITS | _SAVES | (_REDUCES if config.local else {}))
         _check_values(content)
-    except ConfigError as error:
-        raise ConfigError(f"deepspeed_config {path}: {error}") from None
     return content
 
 
@@ -162,11 +158,10 @@ def _check_values(content: dict[str, Any]) -> None:
         try:
             given = deepspeed.DeepSpeedConfig(asked)
         except Exception as error:  # what it makes of this value: without it there was none
-            told = " ".join(str(error).split())
-            raise ConfigError(f"{wrong}DeepSpeed refuses it: {told[:300]}") from None
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{wrong}DeepSpeed refuses it: {reason[:300]}") from None
         if key not in asked.names:
-            close = difflib.get_close_matches(key, map(str, asked.names), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(key, asked.names)
             raise ConfigError(f"{wrong}DeepSpeed has no such setting{hint}")
         if misfit := _misfit(key, standard, given):
             raise ConfigError(f"{wrong}{misfit}")

@@ -32,23 +32,17 @@ class ReplicaOptimizer(Protocol):
     """
 
     inner: Optimizer
+    param_groups: list[dict[str, Any]]
+    synced: bool
+    h: int
+    round: int
+    traffic: Traffic
+    report: SyncReport | None
+    drift: float | None
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]: ...
-    @property
-    def synced(self) -> bool: ...
-    @property
-    def h(self) -> int: ...
-    @property
-    def round(self) -> int: ...
-    @property
-    def traffic(self) -> Traffic: ...
-    @property
-    def report(self) -> SyncReport | None: ...
-    @property
-    def drift(self) -> float | None: ...
     def period(self, step: int, lr: float) -> int: ...
     def consensus(self) -> contextlib.AbstractContextManager[None]: ...
+    def start_at(self, step: int) -> None: ...
     def finish(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
@@ -56,31 +50,22 @@ class ReplicaOptimizer(Protocol):
 
 @dataclass
 class Measures:
-    """What one step tells, on the device: reading it costs a host synchronisation.
+    """What one step measures, 0-dim on the device: reading it costs a host synchronisation."""
 
-    Attributes:
-        loss: mean training loss of the step's images, 0-dim.
-        correct: images of the step whose label was predicted, 0-dim; with Mixup, whose larger part.
-        grad_norm: global norm of the gradient before clipping, 0-dim; None if not measured.
-        param_norm: global norm of the parameters before the step, 0-dim; None if not measured.
-    """
-
-    loss: Tensor
-    correct: Tensor
-    grad_norm: Tensor | None
-    param_norm: Tensor | None
+    loss: Tensor  # mean training loss of the step's images
+    correct: Tensor  # images whose label was predicted; with Mixup, whose larger part
+    grad_norm: Tensor | None  # global norm of the gradient before clipping, if measured
+    param_norm: Tensor | None  # global norm of the parameters before the step, if measured
 
 
 class Engine(ABC):
-    """A training step around a model. How it computes and updates is its implementation's.
+    """A training step around a model on its device.
 
-    Args:
-        config: the run's settings.
-        model: the module, on its device.
-        optimizer: as `training.optimizers.build` made it.
-        world_size: number of replicas.
+    How it computes and updates, with an optimizer of `training.optimizers`, is its subclass's.
     """
 
+    agreed: bool  # whether all replicas hold the same model now
+    centre: bool  # whether the consensus is kept in the optimizer's state
     # Loss scaling is the replica's own, as its gradients are; part of what is saved.
     scaler: torch.amp.GradScaler | None = None
 
@@ -89,22 +74,9 @@ class Engine(ABC):
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
         self.accumulation = config.total_batch_size // world_size // config.physical_batch_size
-        self.autocast = functools.partial(
-            torch.autocast,
-            next(model.parameters()).device.type,
-            AUTOCAST.get(config.precision, torch.bfloat16),
-            enabled=config.precision in AUTOCAST,
-        )
-
-    @property
-    @abstractmethod
-    def agreed(self) -> bool:
-        """Whether all replicas hold the same model now."""
-
-    @property
-    @abstractmethod
-    def centre(self) -> bool:
-        """Whether the consensus is kept in the optimizer's state."""
+        dtype = AUTOCAST.get(config.precision, torch.bfloat16)
+        device, enabled = next(model.parameters()).device.type, config.precision in AUTOCAST
+        self.autocast = functools.partial(torch.autocast, device, dtype, enabled=enabled)
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
@@ -118,8 +90,7 @@ class Engine(ABC):
     def unscale(self) -> None:
         """Undo loss scaling in the gradient."""
 
-    @abstractmethod
-    def record_loss(self, loss: Tensor) -> None:
+    def record_loss(self, loss: Tensor) -> None:  # noqa: B027 (not all need it)
         """The loss of the step whose gradient is whole."""
 
     @abstractmethod
@@ -141,11 +112,10 @@ class Engine(ABC):
             correct.append((logits.detach().argmax(1) == labels).sum())
             if len(losses) == self.accumulation:
                 grad_norm, param_norm = self._before_update(norms)
-                self.record_loss(torch.stack(losses).mean())
+                mean_loss = torch.stack(losses).mean()
+                self.record_loss(mean_loss)
             self.update()
-        return Measures(
-            torch.stack(losses).mean(), torch.stack(correct).sum(), grad_norm, param_norm
-        )
+        return Measures(mean_loss, torch.stack(correct).sum(), grad_norm, param_norm)
 
     @torch.no_grad()
     def _before_update(self, norms: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -177,8 +147,8 @@ class OutOfMemoryError(RuntimeError):
 def out_of_memory(batch: int, error: torch.OutOfMemoryError) -> OutOfMemoryError:
     """Say what would fit, where ``batch`` images at a time do not."""
     smaller = f"give --physical-batch-size {batch // 2} or less, and gradients add up as before"
-    told = next(iter(str(error).strip().splitlines()), "")
+    reason = next(iter(str(error).strip().splitlines()), "")
     return OutOfMemoryError(
         f"the GPU has too little memory for {batch} images at a time"
-        f"{': ' + smaller if batch > 1 else ''} ({told})"
+        f"{': ' + smaller if batch > 1 else ''} ({reason})"
     )

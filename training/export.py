@@ -14,16 +14,12 @@ from .values import ConfigError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = Parser(
-        prog="python -m training.export",
-        description="Write the weights of a checkpoint as a plain state_dict.",
-    )
-    parser.add_argument(
-        "checkpoint", type=Path, help="its folder, or a run's folder: the newest one's"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default MODEL-step-N.pt in the working directory"
-    )
+    purpose = "Write the weights of a checkpoint as a plain state_dict."
+    parser = Parser(prog="python -m training.export", description=purpose)
+    newest = "its folder, or a run's folder: the newest one's"
+    parser.add_argument("checkpoint", type=Path, help=newest)
+    default = "default MODEL-step-N.pt in the working directory"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=default)
     parser.add_argument("--ema", action="store_true", help="the moving average of the model")
     try:
         flags = parser.parse_args(arguments)

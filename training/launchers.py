@@ -14,26 +14,17 @@ from .values import ConfigError, shortened
 
 @dataclass(frozen=True)
 class Launcher:
-    """A program that starts the replicas.
+    """A program that starts the replicas."""
 
-    Attributes:
-        commands: what its own processes have among the first words of their command lines.
-        over_ssh: of these the one that it starts on other hosts through ssh.
-        hostfile_flags: its flags for a host file, which it does without if it is missing.
-        count: where it says how many processes it has started, if it gives them no RANK.
-    """
-
-    commands: tuple[str, ...] = ()
-    over_ssh: str = ""
-    hostfile_flags: tuple[str, ...] = ()
-    count: str = ""
+    commands: tuple[str, ...] = ()  # among the first words of its own processes' command lines
+    over_ssh: str = ""  # those of the process that it starts on other hosts through ssh
+    hostfile_flags: tuple[str, ...] = ()  # for a host file, which may be missing for all it cares
+    count: str = ""  # variable with the number of processes, if it gives them no RANK
 
 
 LAUNCHERS = {
     "deepspeed": Launcher(
-        commands=("deepspeed",),
-        over_ssh="deepspeed.launcher.launch",
-        hostfile_flags=("-H", "--hostfile"),
+        ("deepspeed",), over_ssh="deepspeed.launcher.launch", hostfile_flags=("-H", "--hostfile")
     ),
     "torchrun": Launcher(commands=("torchrun", "torch.distributed.run")),
     "srun": Launcher(count="SLURM_STEP_NUM_TASKS"),
@@ -184,7 +175,7 @@ def processes() -> list[int]:
     remote = False
     for pid, arguments, _ in _processes_above():
         if launcher := _launcher(arguments):
-            remote = bool(launcher.over_ssh) and launcher.over_ssh in _first_words(arguments)
+            remote = bool(launcher.over_ssh) and launcher.over_ssh in " ".join(arguments[:4])
             found.append(pid)
         elif remote and arguments[0].startswith("sshd"):
             return [*found, pid]
@@ -193,13 +184,9 @@ def processes() -> list[int]:
 
 def _launcher(arguments: list[str]) -> Launcher | None:
     """Whose process has this command line."""
-    words = _first_words(arguments)
+    words = " ".join(arguments[:4])
     fitting = (one for one in LAUNCHERS.values() if any(name in words for name in one.commands))
     return next(fitting, None)
-
-
-def _first_words(arguments: list[str]) -> str:
-    return " ".join(arguments[:4])
 
 
 def _processes_above() -> Iterator[tuple[int, list[str], Path]]:

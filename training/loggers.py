@@ -14,10 +14,7 @@ Record = Mapping[str, Any]
 class Logger:
     """Takes records; the "step" of one is the number of steps finished.
 
-    Args of those in `LOGGERS`:
-        settings: the run's, by name.
-        folder: the run's.
-        step: where the run begins, or goes on.
+    Those in `LOGGERS` are made of the run's settings, its folder, and the step where it goes on.
     """
 
     def write(self, record: Record) -> None:
@@ -47,16 +44,11 @@ class Wandb(Logger):
 
             mode, self._ask_for_upload = "offline", TriggerWandbSyncHook()
         self._run = wandb.init(
-            project=settings["wandb_project"],
-            entity=settings["wandb_entity"] or None,
-            tags=settings["wandb_tags"],
-            mode=mode,
-            dir=folder,
-            name=folder.name,
-            id=folder.name,  # a run that is continued goes on with its own curves
-            resume="allow",
+            project=settings["wandb_project"], entity=settings["wandb_entity"] or None,
+            tags=settings["wandb_tags"], mode=mode, dir=folder, name=folder.name,
+            id=folder.name, resume="allow",  # a run that is continued has its own curves
             config=dict(settings),
-        )
+        )  # fmt: skip
 
     def write(self, record: Record) -> None:
         self._run.log(dict(curves(record)), step=record["step"])
@@ -118,7 +110,7 @@ def check(names: tuple[str, ...]) -> None:
     """Raise ValueError for a name that no logger has."""
     for name in names:
         if name not in LOGGERS:
-            hint = did_you_mean(name, list(LOGGERS))
+            hint = did_you_mean(name, LOGGERS)
             raise ValueError(f"there is no {name!r}, only {', '.join(LOGGERS)}{hint}")
 
 

@@ -48,15 +48,11 @@ class Schedule:
         if warmup == -1:
             warmup = round(config.warmup_epochs * steps_per_epoch)
         return cls(
-            kind=config.scheduler,
-            max_lr=config.max_lr,
-            min_lr=config.min_lr,
-            warmup_steps=warmup,
-            decay_steps=span * steps_per_epoch,
+            kind=config.scheduler, max_lr=config.max_lr, min_lr=config.min_lr, gamma=config.gamma,
+            warmup_steps=warmup, decay_steps=span * steps_per_epoch,
             total_steps=config.epochs * steps_per_epoch,
             decay_at=tuple(round(point * steps_per_epoch) for point in config.decay_points),
-            gamma=config.gamma,
-        )
+        )  # fmt: skip
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:

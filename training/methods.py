@@ -82,8 +82,6 @@ class Mixup:
 
     Args:
         alpha: α, positive.
-        seed: of the draws.
-        classes: number of classes.
         first: position in the global batch at which this rank's share begins.
         physical_batch: images per micro-batch, an even number: neighbours are paired.
     """
@@ -118,12 +116,6 @@ class ProgressiveResizing:
     """Small images first: their side grows linearly from ``initial_scale`` to the whole.
 
     It is whole, a multiple of 4 pixels before that, for the last ``finetune_fraction`` of the run.
-
-    Args:
-        initial_scale: in (0, 1].
-        finetune_fraction: in [0, 1].
-        resolution: R.
-        total_steps: length of the run.
     """
 
     def __init__(
@@ -154,10 +146,7 @@ class Ema:
 
     It is updated where replicas agree, n steps after the time before, so that s is the smoothing
     per step however long rounds are, and all have the same average without a collective for it.
-
-    Args:
-        model: its parameters and buffers are averaged.
-        smoothing: s, in (0, 1).
+    Buffers are averaged too.
     """
 
     def __init__(self, model: nn.Module, smoothing: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .torchvision_repair import allow_torchvision_without_cuda
-from .values import ConfigError
+from .values import ConfigError, did_you_mean
 
 Build = Callable[[int, int], nn.Module]  # (number of classes, resolution)
 
@@ -21,7 +20,7 @@ TORCHVISION = (
     "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
 
-def _simplevit(dim: int, heads: int, depth: int = 12, patch: int = 16) -> Build:
+def _simplevit(dim: int, heads: int, depth: int = 12, patch: int = 16, **sizes: int) -> Build:
     """SimpleViT with the usual proportions: heads of 64, an MLP four times as wide as the model.
 
     Source: Beyer, Zhai, Kolesnikov 2022, arXiv 2205.01580.
@@ -32,19 +31,10 @@ def _simplevit(dim: int, heads: int, depth: int = 12, patch: int = 16) -> Build:
 
         return made_fast(SimpleViT(
             image_size=resolution, patch_size=patch, num_classes=classes,
-            dim=dim, depth=depth, heads=heads, mlp_dim=4 * dim,
+            dim=dim, depth=depth, heads=heads, **{"mlp_dim": 4 * dim} | sizes,
         ))  # fmt: skip
 
     return build
-
-
-def _simplevit_digits(classes: int, resolution: int) -> nn.Module:
-    from vit_pytorch.simple_vit import SimpleViT
-
-    return made_fast(SimpleViT(
-        image_size=resolution, patch_size=4, num_classes=classes,
-        dim=64, depth=4, heads=4, mlp_dim=128, dim_head=16,
-    ))  # fmt: skip
 
 
 def made_fast(model: nn.Module) -> nn.Module:
@@ -136,7 +126,7 @@ MODELS: dict[str, Build] = {
     "simplevit-s16": _simplevit(dim=384, heads=6),
     "simplevit-ti16": _simplevit(dim=192, heads=3),
     **{name: _torchvision(name) for name in TORCHVISION},
-    "simplevit-digits": _simplevit_digits,
+    "simplevit-digits": _simplevit(64, heads=4, depth=4, patch=4, mlp_dim=128, dim_head=16),
     "resnet-digits": lambda classes, resolution: ResNetDigits(classes),
     "resnet18-cifar": _resnet18_cifar,
 }
@@ -146,9 +136,7 @@ def of(settings: Mapping[str, Any], classes: int) -> nn.Module:
     """The model of a run with these ``settings``; errors as those of `build`."""
     same = ("resolution", "blurpool", "squeeze_excite", "channels_last")
     given = {key: settings[key] for key in same}
-    return build(
-        settings["model"], classes=classes, seed=settings["init_model_by_seed"], **given
-    )
+    return build(settings["model"], classes=classes, seed=settings["init_model_by_seed"], **given)
 
 
 def build(
@@ -163,21 +151,15 @@ def build(
 ) -> nn.Module:
     """The named model with weights drawn from ``seed``.
 
-    Args:
-        name: a key of MODELS.
-        classes: number of classes.
-        resolution: R; images are (B, 3, R, R).
-        seed: of the initial weights.
-        blurpool, squeeze_excite: change the model so; see `training.methods`.
-        channels_last: keep convolutions' weights in that memory format.
+    Images are (B, 3, R, R) with R the ``resolution``; ``blurpool`` and ``squeeze_excite`` change
+    the model as `training.methods` says.
 
     Raises:
         ConfigError: for an unknown name, a resolution that the model cannot take, or a change that
             would change nothing.
     """
     if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(MODELS)}"
+        hint = did_you_mean(name, MODELS) or f"; known are {', '.join(MODELS)}"
         raise ConfigError(f"model is {name!r}: no such model{hint}")
     allow_torchvision_without_cuda()
     with torch.random.fork_rng(devices=[]):

@@ -128,20 +128,20 @@ def _imported(path: str) -> Any:
                 f"there is no module {missing}: it must be in main.py's folder, in one of "
                 "PYTHONPATH's, or installed"
             ) from None
-        raise ValueError(f"importing {path} raised {_told(error)}") from error
+        raise ValueError(f"importing {path} raised {_described(error)}") from error
 
 
-def _told(error: BaseException) -> str:
-    """An error in a line, with its place in the code that was imported."""
+def _described(error: BaseException) -> str:
+    """An error in a line, with where it is in the code that was imported."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = (__file__, importlib.__file__)
-    places = [
+    lines = [
         f" ({frame.filename}, line {frame.lineno})"
         for frame in frames
         if frame.filename not in ours and not frame.filename.startswith("<frozen")
     ]
     # A SyntaxError has none: it says itself where it is.
-    return f"{type(error).__name__}: {one_line(error)}{places[-1] if places else ''}"
+    return f"{type(error).__name__}: {one_line(error)}{lines[-1] if lines else ''}"
 
 
 def one_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from . import named
 from .config import PERIOD_TAKES, Config
 from .engine import ReplicaOptimizer
 from .lr import Schedule
-from .values import ConfigError, converted, shortened
+from .values import ConfigError, about, converted, shortened
 
 
 def build(config: Config, model: nn.Module, schedule: Schedule) -> ReplicaOptimizer:
@@ -31,13 +31,9 @@ def build(config: Config, model: nn.Module, schedule: Schedule) -> ReplicaOptimi
         return DataParallel(inner, model)
     try:
         return LocalOptimizer(
-            inner,
-            period(config, schedule),
-            rule(config),
-            model=model,
-            buffers=config.buffers,
-            track_drift=config.track_replicas,
-        )
+            inner, period(config, schedule), rule(config),
+            model=model, buffers=config.buffers, track_drift=config.track_replicas,
+        )  # fmt: skip
     except LayoutMismatchError:
         raise
     except ValueError as error:  # what a rule can only know with the number of replicas
@@ -59,11 +55,7 @@ def _inner(config: Config, model: nn.Module) -> Optimizer:
 
 
 def check(config: Config) -> None:
-    """Refuse settings that the rule or the period does not take, before anything waits for them.
-
-    Raises:
-        ConfigError: as `rule` and `period`.
-    """
+    """Refuse settings that the rule or the period does not take, before anything waits for them."""
     if config.local:
         rule(config)
         period(config)
@@ -75,11 +67,7 @@ def takes(config: Config, setting: str) -> bool:
 
 
 def period(config: Config, schedule: Schedule | None = None) -> Period:
-    """The period of ``config``, clamped to the end of the run.
-
-    Args:
-        config: the settings.
-        schedule: of the run; None: for a look at the period alone.
+    """The period of ``config``, clamped to the end of the run; without ``schedule`` for a look.
 
     Raises:
         ConfigError: if it has no such setting, or does not take its value, or lacks what every
@@ -95,8 +83,8 @@ def period(config: Config, schedule: Schedule | None = None) -> Period:
     further = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(make).parameters.values())
     if not_taken := [name for name in common if name not in known and not further]:
         raise ConfigError(
-            f"period {config.period}: it does not take {' and '.join(not_taken)}, of which every "
-            "period is told"
+            f"period {config.period}: it does not take {' and '.join(not_taken)}, which every "
+            "period is given"
         )
     ours = _ours(known)
     given = {
@@ -140,20 +128,14 @@ def _made(
 ) -> Any:
     """What a setting names, made with the settings that the recipe has for it.
 
-    Args:
-        config: the settings.
-        setting: "period" or "sync".
-        elsewhere: what it takes that the program has settings for: their names.
-        values: theirs.
+    ``elsewhere`` names what it takes that the program has settings for, whose ``values`` it gets.
     """
     make, key, name = config.maker(setting), f"{setting}_settings", getattr(config, setting)
     parameters = named.parameters(make)
     own = [parameter for parameter in parameters if parameter not in elsewhere]
     settings = {}
-    try:
+    with about(f"{setting} {name}"):
         types = named.types(make)
-    except ValueError as error:
-        raise ConfigError(f"{setting} {name}: {error}") from None
     for given, value in getattr(config, key).items():
         if given in elsewhere:
             raise ConfigError(f"{key} has {given!r}: set {elsewhere[given]} instead")
@@ -161,10 +143,8 @@ def _made(
             raise ConfigError(
                 f"{key} has {given!r}: {setting} {name} has {', '.join(own) or 'no settings'}"
             )
-        try:
+        with about(f"{key}: {given} is {value!r}"):
             settings[given] = _fitting(value, types.get(given, Any))
-        except ValueError as error:
-            raise ConfigError(f"{key}: {given} is {value!r}: {error}") from None
     missing = [n for n in own if parameters[n].default is Parameter.empty and n not in settings]
     if missing:
         raise ConfigError(f"{key}: {setting} {name} needs {' and '.join(missing)}")
@@ -276,6 +256,9 @@ class DataParallel:
         finally:
             with torch.no_grad():
                 self._buffers.restore(saved)
+
+    def start_at(self, step: int) -> None:
+        """No round depends on it."""
 
     def finish(self) -> None:
         """Nothing is open."""

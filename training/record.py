@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data.loaders import Pace
@@ -30,43 +29,27 @@ from .values import ConfigError
 
 PREEMPTED = "preempted"  # the marker of a run that was asked to stop
 
+
 class DivergedError(RuntimeError):
     """The training or validation loss is NaN or infinite."""
 
 
 class Recorder:
-    """Collects what the loop tells, on rank 0 writes it out.
+    """Collects what the loop measures, and on rank 0 writes it out.
 
     Training losses and accuracies are means since the last record, the norms of gradient and
     parameters those of the step recorded; all are of rank 0's replica and its share of the images.
     They stay on the device, and are read every ``log_freq`` steps.
-
-    Args:
-        config: the run's settings.
-        folder: the run's folder.
-        process: rank and device.
-        optimizer: its counters are recorded.
-        total_steps: length of the run.
-        steps_per_epoch: optimizer steps in an epoch.
-        start: where it begins, and what was recorded before.
-        counted_from: the step since which the optimizer has counted synchronisations.
+    The optimizer has counted synchronisations since step ``counted_from``.
     """
 
     def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        process: Process,
-        optimizer: ReplicaOptimizer,
-        total_steps: int,
-        steps_per_epoch: int,
-        start: Start,
-        counted_from: int,
-    ) -> None:
+        self, config: Config, folder: Path, process: Process, optimizer: ReplicaOptimizer,
+        total_steps: int, steps_per_epoch: int, start: Start, counted_from: int,
+    ) -> None:  # fmt: skip
         self.config, self.folder, self.process, self.optimizer = config, folder, process, optimizer
-        self.total_steps, self.start_step = total_steps, start.step
-        self.counted_from = counted_from
-        self.steps_per_epoch = steps_per_epoch
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.start_step, self.counted_from = start.step, counted_from
         self.evaluation: dict[str, float] = {}
         self.evaluated_at: int | None = None
         self._exposed_before = optimizer.traffic.exposed
@@ -88,28 +71,21 @@ class Recorder:
             loggers = chosen(config.as_dict(), folder, start.step)
             self._loggers = [Guarded(logger) for logger in loggers]
         self._progress = progress.Pace(total_steps)
+        quiet = None if process.rank == 0 else True  # None: only on a terminal
         self._bar = tqdm(
-            total=total_steps,
-            initial=start.step,
-            unit="step",
-            disable=None if process.rank == 0 else True,  # None: only on a terminal
-            dynamic_ncols=True,
+            total=total_steps, initial=start.step, unit="step", disable=quiet, dynamic_ncols=True
         )
 
     def state_dict(self) -> dict[str, Any]:
         """What has been recorded so far, for a run that is continued."""
         return {
             "pending": [vars(measures) for measures in self._pending],
-            "evaluation": self.evaluation,
-            "evaluated_at": self.evaluated_at,
-            "start_step": self.start_step,
-            "counted_from": self.counted_from,
-            "exposed_before": self._exposed_before,
-            "hidden_before": self._hidden_before,
-            "seconds": time.perf_counter() - self._started,
-            "paused": self._paused,
+            "evaluation": self.evaluation, "evaluated_at": self.evaluated_at,
+            "start_step": self.start_step, "counted_from": self.counted_from,
+            "exposed_before": self._exposed_before, "hidden_before": self._hidden_before,
+            "seconds": time.perf_counter() - self._started, "paused": self._paused,
             "file": None if self._file is None else self._file.size,
-        }
+        }  # fmt: skip
 
     def sync(self) -> None:
         """Have what `state_dict` has counted written to the disk."""
@@ -121,7 +97,7 @@ class Recorder:
         saved = start.recorder
         device = self.process.device
         self._pending = [
-            Measures(**{name: _moved(value, device) for name, value in measures.items()})
+            Measures(**{k: v if v is None else v.to(device) for k, v in measures.items()})
             for measures in saved["pending"]
         ]
         self.evaluation = saved["evaluation"]
@@ -152,7 +128,7 @@ class Recorder:
             self._flush(step, lr)
 
     def _synchronised(self, step: int) -> None:
-        """Where asked for, what the replicas told each other at the last synchronisation.
+        """Where asked for, what the replicas reported to each other at the last synchronisation.
 
         What was exchanged behind training is known a round late: ``begun_at`` is its own step.
         """
@@ -160,8 +136,8 @@ class Recorder:
         if report is None or report is self._reported:
             return
         self._reported = report
-        told = vars(report) | {"step": step, "begun_at": report.step}
-        self._write({"kind": "sync", "epoch": report.step / self.steps_per_epoch, **told})
+        found = vars(report) | {"step": step, "begun_at": report.step}
+        self._write({"kind": "sync", "epoch": report.step / self.steps_per_epoch, **found})
 
     def _flush(self, step: int, lr: float) -> None:
         loss = float(torch.stack([m.loss for m in self._pending]).mean())  # host sync
@@ -171,9 +147,9 @@ class Recorder:
             "step": step,
             "epoch": step / self.steps_per_epoch,
             "loss": loss,
-            "accuracy": float(_sum(m.correct for m in self._pending)) / images,
+            "accuracy": float(torch.stack([m.correct for m in self._pending]).sum()) / images,
             "lr": lr,
-            **self._place_in_round(),
+            **self._position(),
             **self._cost(),
         }
         for name in ("grad_norm", "param_norm"):
@@ -200,27 +176,25 @@ class Recorder:
         if self._epochs > 1 or self._first_step is None or self.process.rank != 0:
             return
         seconds = time.perf_counter() - self._paused - self._first_step
-        if told := waiting_for_images(pace, seconds, self.config.nw):
-            tqdm.write(told, file=sys.stdout)
+        if line := waiting_for_images(pace, seconds, self.config.nw):
+            tqdm.write(line, file=sys.stdout)
 
     def evaluated(
         self, step: int, evaluation: Evaluation, average: Evaluation | None, seconds: float
     ) -> None:
-        """The consensus was evaluated in ``seconds``, which do not count as training.
+        """The consensus was evaluated, and its moving average, where the run has one.
 
-        Args:
-            step: steps finished.
-            evaluation: of the consensus.
-            average: of its moving average, where the run has one.
-            seconds: for both.
+        The ``seconds`` of both do not count as training.
         """
         self._paused += seconds
-        self.evaluation, self.evaluated_at = _told(evaluation, average), step
+        self.evaluation, self.evaluated_at = vars(evaluation).copy(), step
+        for name in ("top1", "top5", "loss") if average else ():
+            self.evaluation[f"ema_{name}"] = getattr(average, name)
         epoch = step / self.steps_per_epoch
         self._write(
             {"kind": "val", "step": step, "epoch": epoch, "eval_seconds": seconds}
             | self.evaluation
-            | self._place_in_round()
+            | self._position()
             | self._cost()
         )
         if self.process.rank == 0:
@@ -273,9 +247,9 @@ class Recorder:
         self._bar.close()
         if self.process.rank == 0:
             now = datetime.now().isoformat("T", "seconds")
-            told = {"step": step, "reason": reason, "time": now}
+            marker = {"step": step, "reason": reason, "time": now}
             try:
-                write_text(self.folder / PREEMPTED, json.dumps(told) + "\n")
+                write_text(self.folder / PREEMPTED, json.dumps(marker) + "\n")
             except OSError as error:  # the checkpoint is there: that is what counts
                 complain(f"{self.folder / PREEMPTED}: {error.strerror}")
             for logger in self._loggers:
@@ -292,21 +266,20 @@ class Recorder:
         if self._lock is not None:
             self._lock.close()
 
-    def _place_in_round(self) -> dict[str, Any]:
-        place: dict[str, Any] = {"h": self.optimizer.h, "round": self.optimizer.round}
+    def _position(self) -> dict[str, Any]:
+        position: dict[str, Any] = {"h": self.optimizer.h, "round": self.optimizer.round}
         if self.optimizer.drift is not None:
-            place["drift"] = self.optimizer.drift
-        return place
+            position["drift"] = self.optimizer.drift
+        return position
 
     def _cost(self) -> dict[str, Any]:
         traffic = self.optimizer.traffic
         return {
-            "syncs": traffic.syncs,
-            "bytes": traffic.bytes,
+            "syncs": traffic.syncs, "bytes": traffic.bytes,
             "exposed_seconds": traffic.exposed - self._exposed_before,
             "hidden_seconds": traffic.hidden - self._hidden_before,
             "seconds": time.perf_counter() - self._started,
-        }
+        }  # fmt: skip
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
@@ -337,22 +310,6 @@ def waiting_for_images(pace: Pace, seconds: float, workers: int) -> str | None:
         f"gives {made:,.0f} images/s, its steps could take {could:,.0f}. Raise nw (now {workers}) "
         "where the host has more cores, or store smaller images"
     )
-
-
-def _told(evaluation: Evaluation, average: Evaluation | None) -> dict[str, float]:
-    """What was evaluated; of the moving average under names of its own."""
-    told = vars(evaluation).copy()
-    if average is not None:
-        told |= {f"ema_{name}": getattr(average, name) for name in ("top1", "top5", "loss")}
-    return told
-
-
-def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device)
-
-
-def _sum(values: Any) -> Tensor:
-    return torch.stack(list(values)).sum()
 
 
 def _table(summary: dict[str, Any], folder: Path, config: Config) -> str:

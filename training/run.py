@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from data import sources
 from data.dataset import DESCRIPTION, TRAIN, VAL, DataError, checked, sha256
 from data.loaders import TrainData, ValData, stored_side
 from data.randaugment import RandAugment
@@ -134,12 +135,9 @@ def assembled(config: Config, all_met: Callable[[], None] = lambda: None) -> Ite
     all_met()
     collective = Collective()
     watch = Watch(
-        collective,
-        dead_after=config.dead_after,
-        stall_after=config.stall_after,
-        advice="continue with --resume auto",
-        watch_parent=launchers.processes(),
-    )
+        collective, dead_after=config.dead_after, stall_after=config.stall_after,
+        advice="continue with --resume auto", watch_parent=launchers.processes(),
+    )  # fmt: skip
     try:
         with watch, _assembled(config, deepspeed, process, collective, watch) as run:
             yield run
@@ -155,7 +153,7 @@ def assembled(config: Config, all_met: Callable[[], None] = lambda: None) -> Ite
     distributed.leave()
 
 
-# Errors that tell by themselves what is wrong, mostly on all ranks alike.
+# Errors that say by themselves what is wrong, mostly on all ranks alike.
 OWN_ERRORS = (
     ConfigError, DataError, LayoutMismatchError, SyncError, OutOfMemoryError,
     record.DivergedError, SaveError,
@@ -164,12 +162,9 @@ OWN_ERRORS = (
 
 @contextmanager
 def _assembled(
-    config: Config,
-    deepspeed: dict[str, Any],
-    process: Process,
-    collective: Collective,
+    config: Config, deepspeed: dict[str, Any], process: Process, collective: Collective,
     watch: Watch,
-) -> Iterator[Run]:
+) -> Iterator[Run]:  # fmt: skip
     if process.rank == 0:
         loggers.require_login(config.as_dict())
     _compare(config, deepspeed, collective)
@@ -197,25 +192,15 @@ def _assembled(
     progress.say(f"compiles {compiled}what loads the images, for the first batch")
     try:
         yield Run(
-            config=config,
-            process=process,
-            folder=folder,
-            schedule=schedule,
-            engine=engine,
-            train_data=train_data,
-            val_data=val_data,
-            collective=collective,
-            recorder=recorder,
-            watch=watch,
-            state=state,
+            config=config, process=process, folder=folder, schedule=schedule, engine=engine,
+            train_data=train_data, val_data=val_data, collective=collective, recorder=recorder,
+            watch=watch, state=state, steps_per_epoch=steps_per_epoch, start=start,
             saver=saver.Saver(
                 folder / "checkpoints", config, collective,
                 publishes=process.local_rank == 0, versions=run_folder.versions(),
                 saved_at=start.step if start.folder else None,
             ),
             methods=_methods(config, process, train_data.num_classes, schedule.total_steps),
-            steps_per_epoch=steps_per_epoch,
-            start=start,
         )  # fmt: skip
     except BaseException:
         recorder.close(failed=True)
@@ -268,8 +253,8 @@ def _compare(config: Config, deepspeed: dict[str, Any], collective: Collective) 
     settings = {k: v for k, v in config.as_dict().items() if k not in PER_HOST}
     settings |= {f"version of {package}": found for package, found in run_folder.versions().items()}
     settings["version of this code"] = run_folder.code_digest()
-    for module, told in run_folder.own_code(config).items():
-        settings[f"version of {module}"] = told
+    for module, digest in run_folder.own_code(config).items():
+        settings[f"version of {module}"] = digest
     settings["deepspeed"] = json.dumps(deepspeed, sort_keys=True)
     for key in ("resume_pth", "optimizer_resume_pth"):
         given = getattr(config, key)
@@ -291,15 +276,11 @@ def _methods(
         shares = config.resize_initial_scale, config.resize_finetune_fraction
         chosen.append(methods.ProgressiveResizing(*shares, config.resolution, total_steps))
     if config.mixup:
-        chosen.append(
-            methods.Mixup(
-                config.mixup,
-                seed=config.seed,
-                classes=classes,
-                first=config.total_batch_size // process.world_size * process.rank,
-                physical_batch=config.physical_batch_size,
-            )
-        )
+        first = config.total_batch_size // process.world_size * process.rank
+        chosen.append(methods.Mixup(
+            config.mixup, seed=config.seed, classes=classes, first=first,
+            physical_batch=config.physical_batch_size,
+        ))  # fmt: skip
     return tuple(chosen)
 
 
@@ -311,27 +292,20 @@ def _ema(config: Config, model: nn.Module) -> Ema | None:
     return methods.Ema(model, config.ema)
 
 
-def _randaugment(config: Config) -> RandAugment | None:
-    if not config.randaugment_depth:
-        return None
-    return RandAugment(
-        config.randaugment_depth, config.randaugment_severity, config.randaugment_operations
-    )
-
-
 def _agreed_on_data(
     config: Config, process: Process, collective: Collective
 ) -> tuple[Config, int]:
     """Settings that the data set fits, which all hosts have alike, and the steps in an epoch.
 
-    The embedded data set is written where it is missing, once per host.
+    Data that need nothing else are written where they are missing, once per host.
     """
     folder = _data_folder(config)
     description, train = folder / DESCRIPTION, folder / TRAIN
-    if config.data == "digits" and process.local_rank == 0 and not description.exists():
-        from data import write  # imports scikit-learn, which takes a second
+    if process.local_rank == 0 and config.data in sources.NAMES and not description.exists():
+        from data import write
 
-        write.write("digits", {"size": 32, "split": "test"}, folder)
+        if (source := sources.source(config.data)).embedded:
+            write.write(config.data, source.defaults(), folder)
     control.gather(collective, "data are there")
     found = sha256(description) if description.exists() else "none"
     control.agree(collective, [f"data {config.data}: {found}"], control.TIMEOUT)
@@ -347,28 +321,16 @@ def _data_folder(config: Config) -> Path:
 def _open_data(config: Config, process: Process) -> tuple[TrainData, ValData]:
     folder = _data_folder(config)
     common = {
-        "rank": process.rank,
-        "world_size": process.world_size,
-        "resolution": config.resolution,
-        "workers": config.nw,
-        "device": process.device,
-    }
+        "rank": process.rank, "world_size": process.world_size, "device": process.device,
+        "resolution": config.resolution, "workers": config.nw,
+    }  # fmt: skip
+    depth, severity = config.randaugment_depth, config.randaugment_severity
+    randaugment = depth, severity, config.randaugment_operations
     train_data = TrainData(
-        folder / TRAIN,
-        total_batch=config.total_batch_size,
-        physical_batch=config.physical_batch_size,
-        seed=config.seed,
-        scale=config.crop_scale,
-        flip=config.flip,
-        padding=config.crop_padding,
-        label_skew=config.label_skew,
-        randaugment=_randaugment(config),
-        **common,
-    )
-    val_data = ValData(
-        folder / VAL,
-        batch=config.physical_batch_size,
-        crop_ratio=config.val_crop_ratio,
-        **common,
-    )
-    return train_data, val_data
+        folder / TRAIN, total_batch=config.total_batch_size,
+        physical_batch=config.physical_batch_size, seed=config.seed, scale=config.crop_scale,
+        flip=config.flip, padding=config.crop_padding, label_skew=config.label_skew,
+        randaugment=RandAugment(*randaugment) if depth else None, **common,
+    )  # fmt: skip
+    batch, crop_ratio = config.physical_batch_size, config.val_crop_ratio
+    return train_data, ValData(folder / VAL, batch=batch, crop_ratio=crop_ratio, **common)

@@ -19,17 +19,22 @@ import yaml
 
 from .config import DEFAULTS, FIELDS, HOST_KEYS, TYPES, Config
 from .loggers import LOGGERS
-from .values import ROOT, ConfigError, absolute, checked_path, converted, shortened
+from .values import (
+    ROOT,
+    ConfigError,
+    about,
+    absolute,
+    checked_path,
+    converted,
+    did_you_mean,
+    shortened,
+)  # fmt: skip
 
 DEFAULT_RECIPE = "recipe/digits-vit-localadamw-qsr.yml"
 
 
 def load(argv: Sequence[str], more_help: Callable[[], str] | None = None) -> Config:
-    """Read the command line, its recipe and this host's file.
-
-    Args:
-        argv: the arguments after the program's name.
-        more_help: what ``--help`` ends with.
+    """Read the command line, its recipe and this host's file; ``--help`` ends with ``more_help``.
 
     Raises:
         ConfigError: for an unknown flag or key, a wrong type or an impossible value.
@@ -108,22 +113,17 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = (), what: str = "recipe")
 
 
 def _read(path: Path, what: str, allowed: Sequence[str]) -> dict[str, Any]:
-    try:
+    with about(f"{what} {path}"):
         content = _from_yaml(text_of(path))
-    except ConfigError as error:
-        raise ConfigError(f"{what} {path}: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{what} {path}: it must hold `key: value` lines")
     settings = {}
     for key, value in content.items():
         if key not in allowed:
-            raise ConfigError(
-                f"{what} {path}: unknown key {shortened(key)}{_nearest(str(key), allowed)}"
-            )
-        try:
+            hint = did_you_mean(key, allowed, cutoff=0.5) or f"; known are {', '.join(allowed)}"
+            raise ConfigError(f"{what} {path}: unknown key {shortened(key)}{hint}")
+        with about(f"{what} {path}: {key} is {shortened(value)}"):
             settings[key] = converted(value, str if key == "base" else TYPES[key])
-        except ValueError as error:
-            raise ConfigError(f"{what} {path}: {key} is {shortened(value)}: {error}") from None
     return settings
 
 
@@ -144,17 +144,8 @@ def text_of(path: Path) -> str:
         raise ConfigError(f"not valid UTF-8 text: byte {error.start}") from None
 
 
-def _nearest(name: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(allowed)}"
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose complaints are a `ConfigError`; every command of the program uses it.
-
-    Args:
-        more_help: what its help ends with.
-    """
+    """argparse's, whose complaints are a `ConfigError`; every command of the program uses it."""
 
     def __init__(self, *, more_help: Callable[[], str] | None = None, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -169,24 +160,15 @@ class Parser(argparse.ArgumentParser):
     def parse(
         self, argv: Sequence[str], kinds: Mapping[str, Any], prefix: str = "--"
     ) -> tuple[dict[str, Any], list[str]]:
-        """The flags given, as the ``kinds`` that they are of, and what is left of the words.
-
-        Args:
-            argv: the words.
-            kinds: by name.
-            prefix: of these flags: a word that is left and begins so is refused.
-        """
+        """The flags given, each of its kind, and the words left, none of which begins so."""
         known, rest = self.parse_known_args(list(argv))
         for word in rest:
             if word.startswith(prefix.rstrip("-")):
                 raise ConfigError(self._unknown(word.split("=")[0]))
         flags = vars(known)
         for name in [name for name in flags if name in kinds]:
-            try:
+            with about(f"{prefix}{name.replace('_', '-')} is {shortened(flags[name])}"):
                 flags[name] = converted(_mapped(flags[name], kinds[name]), kinds[name])
-            except ValueError as error:
-                flag, value = f"{prefix}{name.replace('_', '-')}", shortened(flags[name])
-                raise ConfigError(f"{flag} is {value}: {error}") from None
         return flags, rest
 
     def _unknown(self, flag: str) -> str:
@@ -194,8 +176,8 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(flag, [n for n in names if "_" not in n], n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close and flag[2:] else "; see --help"
         # As it stands where it is plain: quotes would be part of what one types.
-        told = flag if flag.isprintable() and len(flag) < 100 else shortened(flag)
-        return f"unknown flag {told}{hint}"
+        shown = flag if flag.isprintable() and len(flag) < 100 else shortened(flag)
+        return f"unknown flag {shown}{hint}"
 
 
 def _mapped(value: Any, kind: Any) -> Any:

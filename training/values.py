@@ -6,7 +6,8 @@ import difflib
 import reprlib
 import typing
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class ConfigError(ValueError):
     """A setting that cannot be: one line that names it, its value and what to do."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Of what is wrong inside, the one line begins with ``what`` it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}") from None
 
 
 def absolute(path: str) -> Path:
@@ -93,9 +103,9 @@ def _number(text: str, kind: type) -> Any:
         raise ValueError(f"it must be {_KINDS[kind]}") from None
 
 
-def did_you_mean(value: Any, choices: Sequence[Any]) -> str:
+def did_you_mean(value: Any, choices: Iterable[Any], cutoff: float = 0.6) -> str:
     """The choice that may have been meant, for the end of a message; "" if none is near."""
-    close = difflib.get_close_matches(str(value), list(map(str, choices)), n=1)
+    close = difflib.get_close_matches(str(value), list(map(str, choices)), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

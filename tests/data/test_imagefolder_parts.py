@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import imagefolder, write
+from data import imagefolder
 from data.dataset import DataError
+from data.sources import imagefolder as imagefolder_source
 from tests.support.photographs import make_tree
 
 from .trees import CLASSES, encoded, files, one_line, run
@@ -160,5 +161,5 @@ def test_settings_out_of_range_are_one_line(tree, tmp_path, capfd, flags):
 
 def test_twenty_broken_files_are_named_and_the_others_counted():
     broken = {f"train/{number}.JPEG": "empty" for number in range(123)}
-    lines = str(write._broken(Path("tree"), broken, 1000)).split("\n")
+    lines = str(imagefolder_source._broken(Path("tree"), broken, 1000)).split("\n")
     assert len(lines) == 22 and "123 of 1000" in lines[0] and "and 103 more" in lines[-1]

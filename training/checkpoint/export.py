@@ -5,8 +5,6 @@ The file holds a plain state_dict of what the replicas agree on, and nothing of 
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,34 +33,23 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported.
-
-    Attributes:
-        file: where to.
-        settings: those of the run that needed the weights.
-        model: the program's model, with the weights.
-        classes: how many.
-        replicas: whose checkpoint it is.
-        step: after how many steps, with which the moving average ends if it is exported.
-        average: whether that is the moving average.
-        normalised: mean and standard deviation of the images, where known.
-    """
+    """What was exported."""
 
     file: Path
-    settings: Mapping[str, Any]
-    model: nn.Module
+    settings: Mapping[str, Any]  # of the run
+    model: nn.Module  # the program's, with the weights
     classes: int
     replicas: int
-    step: int
-    average: bool
-    normalised: tuple[list[float], list[float]] | None
+    step: int  # with which the moving average ends, if it is exported
+    average: bool  # whether it is the moving average
+    normalised: tuple[list[float], list[float]] | None  # images' mean and deviation, where known
 
     def __str__(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
         resolution = self.settings["resolution"]
         replicas = f"{self.replicas} replicas" if self.replicas > 1 else "1 replica"
         what = "moving average" if self.average else "consensus"
-        told = [
+        lines = [
             f"{self.file}: {what} of {replicas} after step {self.step}",
             f"{self.settings['model']}, {self.classes} classes, {resolution} x {resolution} "
             f"pixels, {count:,} parameters",
@@ -70,13 +57,13 @@ class Exported:
         ]
         if self.normalised:
             mean, std = self.normalised
-            told.append(f"images in [0, 1] are normalised with mean {mean} and std {std}")
+            lines.append(f"images in [0, 1] are normalised with mean {mean} and std {std}")
         if has_batch_norm(self.model) and self.replicas > 1:
-            told.append(
+            lines.append(
                 "BatchNorm statistics are means of the replicas' own: better re-estimate them over "
                 "training images"
             )
-        return "; ".join(told)
+        return "; ".join(lines)
 
 
 def export(path: Path, out: Path | None = None, *, ema: bool = False) -> Exported:
@@ -100,15 +87,10 @@ def export(path: Path, out: Path | None = None, *, ema: bool = False) -> Exporte
     out = out or Path(f"{settings['model']}-step-{step:08d}{average}.pt")
     _write(out, {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
     return Exported(
-        file=out,
-        settings=settings,
-        model=model,
-        classes=classes,
-        replicas=manifest["world_size"],
-        step=averaged_to if ema else step,
-        average=ema,
+        file=out, settings=settings, model=model, classes=classes,
+        replicas=manifest["world_size"], step=averaged_to if ema else step, average=ema,
         normalised=_normalised(folder.parent.parent),
-    )
+    )  # fmt: skip
 
 
 def _checkpoint(path: Path) -> Path:
@@ -134,7 +116,7 @@ def _weights(
         for rank in range(manifest["world_size"]):
             content = files.rank_state(folder, manifest, rank)
             if not ema:
-                yield content["model"], _place(folder, content, settings)
+                yield content["model"], _consensus_state(folder, content, settings)
                 continue
             if "ema" not in content:
                 raise ExportError(f"{folder}: the run had no moving average: leave out --ema")
@@ -152,11 +134,13 @@ def _weights(
         raise ExportError(f"{folder}: {error}") from None
 
 
-def _place(folder: Path, content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _consensus_state(
+    folder: Path, content: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Of the optimizer's state what the consensus depends on."""
     state = content.get("optimizer", {})
     local = settings["optimizer"].startswith("local")
-    # Checkpoints of old do not tell; those were of built-in rules.
+    # Checkpoints of old do not say; those were of built-in rules.
     centre = content.get("centre", getattr(RULES.get(str(settings["sync"])), "centre", None))
     if local and not state and centre:
         raise ExportError(
@@ -207,16 +191,9 @@ def _normalised(run: Path) -> tuple[list[float], list[float]] | None:
 
 def _write(out: Path, weights: dict[str, Tensor]) -> None:
     """The whole file or nothing."""
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("wb") as file:
+        with files.whole(out) as file:
             torch.save(weights, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(out)
     except (OSError, RuntimeError) as error:  # torch raises the latter where a disk is full
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise ExportError(f"{out}: cannot be written: {reason}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 Replicas differ inside a round, and their optimizer states always: every rank has its own file. All
 is written below a temporary name, synced and renamed, so a folder with a manifest is whole, after a
-power loss too; sizes and checksums in the manifest tell whether it still is.
+power loss too; sizes and checksums in the manifest show whether it still is. What reads raises
+CheckpointError if not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import shutil
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,6 +51,11 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:04d}.pt"
 
 
+def identity(step: int, rank: int, world_size: int) -> dict[str, int]:
+    """What a rank's file says of itself, under "place"."""
+    return {"step": step, "rank": rank, "world_size": world_size}
+
+
 def found(checkpoints: Path) -> dict[int, Path]:
     """The checkpoints in a run's folder that have a manifest, by step, the oldest first."""
     try:
@@ -61,36 +68,21 @@ def found(checkpoints: Path) -> dict[int, Path]:
     }
 
 
-# Writing.
-
-
 def write_rank(folder: Path, rank: int, content: dict[str, Any]) -> dict[str, Any]:
-    """Write one rank's file, down to the disk; return what a manifest says of it.
-
-    Raises:
-        OSError: if that fails; what was written is removed.
-    """
-    path = folder / rank_file(rank)
-    try:
-        make_folder(folder)
-        with path.open("wb") as file:
-            told = _Told(file)
-            try:
-                torch.save(content, told)
-            except RuntimeError:  # what torch makes of an error in writing
-                if told.error is None:
-                    raise
-                raise told.error from None
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        raise
-    return {"bytes": told.bytes, "sha256": told.sum.hexdigest()}
+    """Write one rank's file, down to the disk; return what a manifest says of it."""
+    make_folder(folder)
+    with whole(folder / rank_file(rank)) as file:
+        summed = _Summed(file)
+        try:
+            torch.save(content, summed)
+        except RuntimeError:  # what torch makes of an error in writing
+            if summed.error is None:
+                raise
+            raise summed.error from None
+    return {"bytes": summed.bytes, "sha256": summed.sum.hexdigest()}
 
 
-class _Told:
+class _Summed:
     """A file that is written to, with its size and checksum."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -113,11 +105,7 @@ class _Told:
 
 
 def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Add the manifest, and give the folder its name. Hosts that share a disk may all do so.
-
-    Raises:
-        OSError: if that fails.
-    """
+    """Add the manifest, and give the folder its name. Hosts that share a disk may all do so."""
     manifest = {"format": FORMAT, **manifest}
     manifest["sha256"] = _digest(manifest)
     try:
@@ -201,21 +189,27 @@ def set_aside(checkpoints: Path, after: int) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all, down to the disk."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is there as a whole, down to the disk, or not at all."""
     # Hosts that share a disk may write the same file at the same moment.
     draft = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with draft.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
         sync_folder(path.parent)
-    except OSError:
+    finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    with whole(path) as file:
+        file.write(text.encode())
 
 
 def lock(run: Path) -> BinaryIO | None:
@@ -240,15 +234,8 @@ def lock(run: Path) -> BinaryIO | None:
     return file
 
 
-# Reading.
-
-
 def manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says.
-
-    Raises:
-        CheckpointError: if it is missing, damaged, or of another format.
-    """
+    """What a checkpoint's manifest says, which is undamaged and of this format."""
     try:
         text = read_text(folder / MANIFEST, _LARGEST_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -334,11 +321,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def verify(folder: Path, manifest: dict[str, Any], rank: int) -> Path:
-    """The path of a rank's file, which is as it was written.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """The path of a rank's file, which is as it was written."""
     name = rank_file(rank)
     file, recorded = folder / name, manifest["files"].get(name)
     if recorded is None:
@@ -357,25 +340,17 @@ def verify(folder: Path, manifest: dict[str, Any], rank: int) -> Path:
 
 
 def rank_state(folder: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any]:
-    """What a rank saved.
-
-    Raises:
-        CheckpointError: if its file is missing, damaged, or not what this program writes.
-    """
+    """What a rank saved."""
     file = verify(folder, manifest, rank)
     content = read(file)
-    place = {"step": manifest["step"], "rank": rank, "world_size": manifest["world_size"]}
-    if repr(content.get("place")) != repr(place):
+    identified = identity(manifest["step"], rank, manifest["world_size"])
+    if repr(content.get("place")) != repr(identified):
         raise CheckpointError(f"{folder}: {file.name} belongs to another checkpoint")
     return content
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The content of a file that `torch.save` wrote; nothing in it is run.
-
-    Raises:
-        CheckpointError: if it is none, or holds what would have to be run.
-    """
+    """The content of a file that `torch.save` wrote; nothing in it is run."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,7 @@ from ..engine import ReplicaOptimizer
 from ..values import ConfigError, absolute, shortened
 from . import files
 from .files import MANIFEST, CheckpointError, sha256
-from .saver import Counting, State
+from .saver import State
 
 # Settings without which the saved states would mean something else.
 _FITTING = (
@@ -39,19 +39,12 @@ _FREE = {*HOST_KEYS, "resume", "physical_batch_size"}.union(
 
 @dataclass(frozen=True)
 class Start:
-    """Where training begins.
+    """Where training begins."""
 
-    Attributes:
-        step: the number of steps made before.
-        recorder: what had been recorded, where a checkpoint says so.
-        folder: the run's folder, where the run itself is continued; else it gets a new one.
-        lock: what keeps other runs from going on in that folder, on rank 0.
-    """
-
-    step: int = 0
-    recorder: dict[str, Any] | None = None
-    folder: Path | None = None
-    lock: BinaryIO | None = None
+    step: int = 0  # the number of steps made before
+    recorder: dict[str, Any] | None = None  # what had been recorded, where a checkpoint says so
+    folder: Path | None = None  # the run's, where the run itself is continued; else it gets one
+    lock: BinaryIO | None = None  # what keeps other runs out of that folder, on rank 0
 
 
 def weights_file(config: Config) -> Path | None:
@@ -111,7 +104,7 @@ def restore(config: Config, state: State, collective: Collective, steps_per_epoc
     if config.optimizer_resume_pth:
         _load_inner_optimizer(config, state.optimizer, collective)
     for part in (state.optimizer, state.ema):
-        if isinstance(part, Counting):
+        if part is not None:
             part.start_at(wanted or 0)
     return Start(wanted or 0)
 
@@ -120,9 +113,6 @@ def _wanted_step(config: Config, steps_per_epoch: int) -> int | None:
     if config.resume_from_step != -1:
         return config.resume_from_step
     return None if config.resume_from_epoch == -1 else config.resume_from_epoch * steps_per_epoch
-
-
-# The newest checkpoint.
 
 
 def newest(config: Config, collective: Collective) -> tuple[Path, BinaryIO | None] | None:
@@ -150,14 +140,15 @@ def _whole(runs: Path, proposals: list[str], collective: Collective) -> Path | N
     """The first of the proposals that all ranks find whole."""
     for proposal in proposals:
         folder = runs / proposal
-        told = control.gather(collective, _fault(folder, collective))
-        identities = {answer.partition(" ")[2] for answer in told if answer.startswith("whole")}
-        if len(identities) == 1 and all(answer.startswith("whole") for answer in told):
+        answers = control.gather(collective, _fault(folder, collective))
+        faults = {r: why for r, why in enumerate(answers) if not why.startswith("whole")}
+        whole = set(answers) - set(faults.values())
+        if not faults and len(whole) == 1:
             return folder
         if collective.rank == 0:
-            faulty = next((r for r, answer in enumerate(told) if not answer.startswith("whole")), 0)
-            reason = told[faulty] if len(identities) < 2 else "hosts hold different checkpoints"
-            print(f"resume auto: passing over {reason} (rank {faulty})", flush=True)
+            rank = next(iter(faults), 0)
+            reason = faults[rank] if len(whole) < 2 else "hosts hold different checkpoints"
+            print(f"resume auto: passing over {reason} (rank {rank})", flush=True)
     return None
 
 
@@ -253,64 +244,73 @@ def _needed(manifest: dict[str, Any], collective: Collective) -> list[int]:
     return [collective.rank] if same else list(range(manifest["world_size"]))
 
 
-# One checkpoint.
+class _Checkpoint:
+    """A checkpoint that a setting asks for; complaints name both."""
+
+    def __init__(self, asked: str, folder: Path) -> None:
+        self.asked, self.folder = asked, folder
+        self.manifest = _asked(asked, files.manifest, folder)
+        self.replicas: int = self.manifest["world_size"]
+
+    def refusal(self, problem: object) -> ConfigError:
+        return ConfigError(f"{self.asked} {self.folder}: {problem}")
+
+    def check(self, config: Config, keys: Iterable[str], free: str = "") -> None:
+        """Refuse one that was saved with other settings; of a name the prefix ``free`` is free."""
+        for key in keys:
+            saved, mine = self.manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
+            alike = free and str(saved).removeprefix(free) == str(mine).removeprefix(free)
+            if saved != mine and not alike:
+                raise self.refusal(f"saved with {key} {shortened(saved)}, this run has {mine!r}")
+
+    def state(self, rank: int) -> dict[str, Any]:
+        """What that rank saved."""
+        content = _asked(self.asked, files.rank_state, self.folder, self.manifest, rank)
+        if "optimizer" not in content:
+            raise self.refusal("saved without optimizer state (save_opt: false)")
+        if missing := [part for part in ("model", "recorder", "rng") if part not in content]:
+            raise self.refusal(f"{files.rank_file(rank)} does not hold {', '.join(missing)}")
+        return content
 
 
 def _restored(
     folder: Path, asked: str, config: Config, state: State, collective: Collective
 ) -> Start:
     """Restore this rank's model, optimizer and random state."""
-    manifest = _asked(asked, files.manifest, folder)
-    for key in _FITTING:
-        saved, mine = manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
-        if saved != mine:
-            raise ConfigError(
-                f"{asked} {folder}: saved with {key} {shortened(saved)}, this run has {mine!r}"
-            )
-    same = manifest["world_size"] == collective.world_size
-    if same:
-        content = _rank_state(asked, folder, manifest, collective.rank)
-    else:
-        content = _for_other_replicas(asked, folder, manifest, config, collective)
+    source = _Checkpoint(asked, folder)
+    source.check(config, _FITTING)
+    same, step = source.replicas == collective.world_size, int(source.manifest["step"])
+    content = (
+        source.state(collective.rank) if same else _for_other_replicas(source, config, collective)
+    )
     _load_model(state.model, content["model"], f"{asked} {folder}")
-    _load_optimizer(state.optimizer, content["optimizer"], f"{asked} {folder}")
-    for key, part in state.beside.items():
+    _load_optimizer(state.optimizer, content["optimizer"], source)
+    for key, part in state.parts.items():
         part.load_state_dict(content[key])
     if same:
         torch.set_rng_state(content["rng"])
         if "cuda_rng" in content and torch.accelerator.is_available():
             torch.get_device_module().set_rng_state(content["cuda_rng"])
     else:
-        torch.manual_seed(torch.initial_seed() + 1_000_000_007 * manifest["step"])
-    return Start(int(manifest["step"]), content["recorder"])
-
-
-def _rank_state(asked: str, folder: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any]:
-    content = _asked(asked, files.rank_state, folder, manifest, rank)
-    if "optimizer" not in content:
-        raise ConfigError(f"{asked} {folder}: saved without optimizer state (save_opt: false)")
-    if missing := [part for part in ("model", "recorder", "rng") if part not in content]:
-        name = files.rank_file(rank)
-        raise ConfigError(f"{asked} {folder}: {name} does not hold {', '.join(missing)}")
-    return content
+        torch.manual_seed(torch.initial_seed() + 1_000_000_007 * step)
+    return Start(step, content["recorder"])
 
 
 def _for_other_replicas(
-    asked: str, folder: Path, manifest: dict[str, Any], config: Config, collective: Collective
+    source: _Checkpoint, config: Config, collective: Collective
 ) -> dict[str, Any]:
     """What every rank takes where there are more replicas than saved, or fewer."""
-    saved_by = manifest["world_size"]
+    numbers = f"saved by {source.replicas} replicas%s, this run has {collective.world_size}"
     if config.label_skew:
-        raise ConfigError(
-            f"{asked} {folder}: saved by {saved_by} replicas, this run has "
-            f"{collective.world_size}; with label_skew {config.label_skew} each has images of its "
-            "own, which others could not go on with"
+        raise source.refusal(
+            f"{numbers % ''}; with label_skew {config.label_skew} each has images of its own, "
+            "which others could not go on with"
         )
     first: dict[str, Any] = {}
 
     def states() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        for rank in range(saved_by):
-            content = _rank_state(asked, folder, manifest, rank)
+        for rank in range(source.replicas):
+            content = source.state(rank)
             first.update(content if rank == 0 else {})
             yield content["model"], content["optimizer"]
 
@@ -319,11 +319,11 @@ def _for_other_replicas(
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{asked} {folder}: {error}") from None
+        raise source.refusal(error) from None
     if collective.rank == 0:
+        at = f" at step {source.manifest['step']}"
         print(
-            f"{asked}: saved by {saved_by} replicas at step {manifest['step']}, this run has "
-            f"{collective.world_size}: all start from the consensus with the mean of the "
+            f"{source.asked}: {numbers % at}: all start from the consensus with the mean of the "
             "optimizer states, and begin a new round",
             flush=True,
         )
@@ -332,7 +332,7 @@ def _for_other_replicas(
 
 
 def _load_optimizer(
-    optimizer: Optimizer | ReplicaOptimizer, saved: dict[str, Any], where: str
+    optimizer: Optimizer | ReplicaOptimizer, saved: dict[str, Any], source: _Checkpoint
 ) -> None:
     """Restore an optimizer; its settings stay those of this run's config."""
     configured = [
@@ -342,7 +342,7 @@ def _load_optimizer(
     try:
         optimizer.load_state_dict(saved)
     except ValueError as error:  # of another version, or other settings inside the rule
-        raise ConfigError(f"{where}: {error}") from None
+        raise source.refusal(error) from None
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)
 
@@ -350,37 +350,23 @@ def _load_optimizer(
 def _load_inner_optimizer(
     config: Config, optimizer: ReplicaOptimizer, collective: Collective
 ) -> None:
-    path = absolute(config.optimizer_resume_pth)
+    source = _Checkpoint("optimizer_resume_pth", absolute(config.optimizer_resume_pth))
     # Data-parallel replicas have one state: a local run's would take them apart.
     own = config.local and config.multiple_optimizers
     rank = collective.rank if own else 0
-    manifest = _asked("optimizer_resume_pth", files.manifest, path)
-    for key in ("model", "blurpool", "squeeze_excite", "optimizer"):
-        saved, mine = manifest["config"].get(key, DEFAULTS[key]), config.as_dict()[key]
-        if str(saved).removeprefix("local") != str(mine).removeprefix("local"):
-            raise ConfigError(
-                f"optimizer_resume_pth {path}: saved with {key} {shortened(saved)}, this run has "
-                f"{mine!r}"
-            )
-    if rank >= manifest["world_size"]:
-        raise ConfigError(
-            f"optimizer_resume_pth {path}: saved by {manifest['world_size']} replicas, so there is "
-            f"no {files.rank_file(rank)}; set multiple_optimizers to false to give all "
-            "replicas rank 0's"
+    source.check(config, ("model", "blurpool", "squeeze_excite", "optimizer"), free="local")
+    if rank >= source.replicas:
+        raise source.refusal(
+            f"saved by {source.replicas} replicas, so there is no {files.rank_file(rank)}; set "
+            "multiple_optimizers to false to give all replicas rank 0's"
         )
-    content = _asked("optimizer_resume_pth", files.rank_state, path, manifest, rank)
-    if "optimizer" not in content:
-        raise ConfigError(f"optimizer_resume_pth {path}: saved without optimizer state")
-    inner = {key: content["optimizer"][key] for key in ("state", "param_groups")}
-    _load_optimizer(optimizer.inner, inner, f"optimizer_resume_pth {path}")
+    saved = source.state(rank)["optimizer"]
+    inner = {key: saved[key] for key in ("state", "param_groups")}
+    _load_optimizer(optimizer.inner, inner, source)
 
 
 def identity(path: Path, setting: str) -> str:
-    """A text that tells this checkpoint, or file of weights, from others; ranks compare it first.
-
-    Raises:
-        ConfigError: if there is no whole checkpoint.
-    """
+    """A text that identifies this checkpoint, or file of weights; ranks compare it first."""
     try:
         if path.is_file():
             return f"weights {sha256(path)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from threading import Thread
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,16 @@ from ..distributed import PATIENCE
 from ..engine import ReplicaOptimizer
 from . import files
 
+if TYPE_CHECKING:
+    from ..methods import Ema
+
 
 class SaveError(OSError):
     """The last checkpoint could not be written."""
 
 
 class Stateful(Protocol):
-    """What is saved beside model and optimizer, where a run has it."""
+    """What is saved with model and optimizer, where a run has it."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -45,13 +48,6 @@ class Recording(Stateful, Protocol):
         """Have that written to the disk."""
 
 
-@runtime_checkable
-class Counting(Protocol):
-    """What counts the steps of the run."""
-
-    def start_at(self, step: int) -> None: ...
-
-
 @dataclass(frozen=True)
 class State:
     """All that changes in training on one rank; ``scaler`` and ``ema`` where the run has them.
@@ -63,11 +59,11 @@ class State:
     optimizer: ReplicaOptimizer
     centre: bool = False
     scaler: Stateful | None = None
-    ema: Stateful | None = None
+    ema: Ema | None = None
 
     @property
-    def beside(self) -> dict[str, Stateful]:
-        """What is saved beside model and optimizer, by its key in the file."""
+    def parts(self) -> dict[str, Stateful]:
+        """What is saved with model and optimizer, by its key in the file."""
         optional = {"scaler": self.scaler, "ema": self.ema}
         return {key: part for key, part in optional.items() if part is not None}
 
@@ -75,29 +71,20 @@ class State:
 class Saver:
     """Writes the checkpoints of a run, one at a time, in a thread.
 
-    Ranks tell each other through the store when their files are written; one rank of each host, for
+    Ranks say through the store when their files are written; one rank of each host, for
     hosts that share no disk, then writes the manifest and gives the folder its name. Where a rank
     can't write, nothing gets the name, one line says so, and training goes on.
 
     Args:
-        folder: of the run's checkpoints.
-        config: the run's settings.
-        collective: the replicas.
         publishes: whether this rank is the one of its host.
         versions: what the manifest says of the software.
         saved_at: the step after which a checkpoint is there already.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: Config,
-        collective: Collective,
-        *,
-        publishes: bool,
-        versions: dict[str, Any],
-        saved_at: int | None = None,
-    ) -> None:
+        self, folder: Path, config: Config, collective: Collective, *,
+        publishes: bool, versions: dict[str, Any], saved_at: int | None = None,
+    ) -> None:  # fmt: skip
         self._folder, self._config, self._collective = folder, config, collective
         self._publishes, self._versions = publishes, versions
         self._board = control.Board(collective, "checkpoint")
@@ -111,13 +98,8 @@ class Saver:
     def save(self, step: int, state: State, recorder: Recording, score: dict[str, float]) -> None:
         """Copy what the checkpoint after ``step`` steps holds, and have it written.
 
-        All ranks call it at the same steps; no collective. Waits for the save before.
-
-        Args:
-            step: steps finished.
-            state: what to save.
-            recorder: what has been recorded.
-            score: the newest evaluation.
+        All ranks call it at the same steps; no collective. Waits for the save before. ``score`` is
+        the newest evaluation.
 
         Raises:
             NonFiniteError: if this replica holds NaN or infinity.
@@ -136,11 +118,7 @@ class Saver:
 
     def _content(self, step: int, state: State, recorder: Stateful) -> dict[str, Any]:
         saved: dict[str, Any] = {
-            "place": {
-                "step": step,
-                "rank": self._collective.rank,
-                "world_size": self._collective.world_size,
-            },
+            "place": files.identity(step, self._collective.rank, self._collective.world_size),
             "model": state.model.state_dict(),
             "rng": torch.get_rng_state(),
             "recorder": recorder.state_dict(),
@@ -151,7 +129,7 @@ class Saver:
             saved["optimizer"] = state.optimizer.state_dict()
         else:
             saved["centre"] = state.centre  # what is missing of the consensus
-        saved |= {key: part.state_dict() for key, part in state.beside.items()}
+        saved |= {key: part.state_dict() for key, part in state.parts.items()}
         self._copy = copied(saved, self._copy)
         return self._copy
 
@@ -164,16 +142,11 @@ class Saver:
             raise self._bug
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is whole on all hosts. All ranks call it.
-
-        Raises:
-            SaveError: on every rank, if it is not.
-        """
+        """Wait until the last checkpoint is whole on all hosts, or raise SaveError on all ranks."""
         self.wait()
         problems = control.gather(self._collective, self._problem or "", PATIENCE)
-        told = next((problem for problem in problems if problem), None)
-        if told:
-            raise SaveError(told)
+        if problem := next(filter(None, problems), None):
+            raise SaveError(problem)
 
     def _run(
         self,
@@ -202,16 +175,16 @@ class Saver:
         rank, ranks = self._collective.rank, range(self._collective.world_size)
         where, problem = f"rank {rank} on {socket.gethostname()}", None
         try:
-            told = files.write_rank(draft, rank, content)
+            written = files.write_rank(draft, rank, content)
         except OSError as error:
             problem = f"cannot save step {step}: {where}: {draft}: {error.strerror or error}"
-            told = {"problem": problem}
-        self._board.put(f"{number}/{rank}", json.dumps(told))
+            written = {"problem": problem}
+        self._board.put(f"{number}/{rank}", json.dumps(written))
         if not self._publishes:
             return problem
         notes = self._board.get([f"{number}/{other}" for other in ranks], PATIENCE)
         parts = {files.rank_file(other): json.loads(notes[other]) for other in ranks}
-        problems = [told["problem"] for told in parts.values() if "problem" in told]
+        problems = [part["problem"] for part in parts.values() if "problem" in part]
         if not problems:
             manifest = {
                 "step": step,

@@ -25,7 +25,7 @@ from localopt.buffers import BufferPolicy, Buffers
 from .. import optimizers
 from ..config import Config
 from ..lr import Schedule
-from ..values import ConfigError
+from ..values import ConfigError, about
 
 PARAMETER = 4  # bytes: weights are float32, whatever the autocast
 
@@ -51,15 +51,10 @@ def rounds_of(period: Period, schedule: Schedule) -> list[Round]:
 
 @dataclass(frozen=True)
 class Message:
-    """Bytes of one synchronisation.
+    """Bytes of one synchronisation."""
 
-    Attributes:
-        sent: from each replica (mean).
-        link: through the busiest node's link, in one direction.
-    """
-
-    sent: float = 0.0
-    link: float = 0.0
+    sent: float = 0.0  # from each replica (mean)
+    link: float = 0.0  # through the busiest node's link, in one direction
 
     def __add__(self, other: Message) -> Message:
         return Message(self.sent + other.sent, self.link + other.link)
@@ -67,19 +62,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way to synchronise a run.
-
-    Attributes:
-        rounds: all of them.
-        base: H where nothing makes a round longer.
-        messages: by n, what every n-th round's end sends.
-        hides: whether it travels behind the next round.
-    """
+    """One way to synchronise a run."""
 
     rounds: list[Round]
-    base: int
-    messages: dict[int, Message]
-    hides: bool
+    base: int  # H where nothing makes a round longer
+    messages: dict[int, Message]  # by n, what every n-th round's end sends
+    hides: bool  # whether it travels behind the next round
 
     @property
     def each(self) -> Message:
@@ -107,12 +95,9 @@ class Scenario:
         return sum(len(self.rounds) // n * m.sent for n, m in self.messages.items())
 
     def exposed(self, bandwidth: float, step_seconds: float | None) -> float:
-        """Seconds in which training stands still over the run.
+        """Seconds in which training stands still over the run, at a link's bytes per second.
 
-        Args:
-            bandwidth: bytes per second through a node's link.
-            step_seconds: computing time of a step, behind which communication may hide; None:
-                unknown, and nothing is taken as hidden.
+        Communication may hide behind the seconds of a step; None: unknown, and nothing hides.
         """
         seconds = {n: m.link / bandwidth for n, m in self.messages.items()}
         if not self.hides or step_seconds is None:
@@ -129,13 +114,9 @@ class Scenario:
 def scenario(
     config: Config, schedule: Schedule, model: nn.Module, nodes: Sequence[int]
 ) -> Scenario:
-    """How ``config`` would synchronise.
+    """How ``config`` would synchronise replicas on ``nodes``, given for each rank.
 
-    Args:
-        config: the run's settings.
-        schedule: its learning rate.
-        model: its model; only shapes are looked at.
-        nodes: the node of each rank.
+    Only shapes of ``model`` are looked at.
 
     Raises:
         ConfigError: if the rule does not take its settings, or this number of replicas.
@@ -146,10 +127,8 @@ def scenario(
         everyone = _all_reduce([range(len(nodes))], PARAMETER * trained, nodes)
         return Scenario(every_step, 1, {1: everyone}, hides=False)
     period, rule = optimizers.period(config, schedule), optimizers.rule(config)
-    try:
+    with about(f"sync {config.sync}"):
         messages = messages_of(rule, model, config.buffers, nodes)
-    except ValueError as error:
-        raise ConfigError(f"sync {config.sync}: {error}") from None
     return Scenario(rounds_of(period, schedule), period.base_h, messages, rule.overlaps)
 
 
@@ -162,11 +141,11 @@ def messages_of(
         ValueError: if the rule does not take this number of replicas.
     """
     named = list(model.named_parameters())
-    beside = [
+    further = [
         *rule.extra(named),
         *Buffers(model, buffers, [p for _, p in named]).entries(),
     ]
-    numbers = sum(p.numel() for _, p in named), sum(entry.numel for entry in beside)
+    numbers = sum(p.numel() for _, p in named), sum(entry.numel for entry in further)
     messages: dict[int, Message] = {}
     for sending in rule.sends(*numbers, PARAMETER):
         sent = messages.get(sending.every, Message())
@@ -182,14 +161,14 @@ def _message(sending: Sending, nodes: Sequence[int]) -> Message:
     if sending.across:
         if len(groups) == 1:
             return Message()
-        peers = [range(place, m, size) for place in range(size)]
+        peers = [range(first, m, size) for first in range(size)]
         shards = _all_reduce(peers, sending.bytes / size, nodes)
         return shards + _broadcast(groups, sending.bytes, nodes)
     return _REACH[sending.how](groups, sending.bytes, nodes)
 
 
 def _all_reduce(groups: Groups, payload: float, nodes: Sequence[int]) -> Message:
-    """A ring all-reduce in each group at once: 2 (m - 1)/m of the payload at every place."""
+    """A ring all-reduce in each group at once: 2 (m - 1)/m of the payload from every rank."""
     m = len(groups[0])
     sent = 2 * (m - 1) / m * payload
     return Message(sent, sent * _crossing(groups, nodes))
@@ -215,8 +194,8 @@ def _broadcast(groups: Groups, payload: float, nodes: Sequence[int]) -> Message:
 
 def _crossing(groups: Groups, nodes: Sequence[int]) -> int:
     """Groups that share the busiest node's link: they have ranks in it and elsewhere."""
-    places = [{nodes[rank] for rank in group} for group in groups]
-    return max(Counter(n for place in places if len(place) > 1 for n in place).values(), default=0)
+    spans = [{nodes[rank] for rank in group} for group in groups]
+    return max(Counter(n for span in spans if len(span) > 1 for n in span).values(), default=0)
 
 
 _REACH = {"all_reduce": _all_reduce, "broadcast": _broadcast, "shards": _in_shards}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.dataset import DESCRIPTION, TRAIN, DataError, Dataset
+from data.source import Known
 
 from ..config import Config
 from ..lr import Schedule
@@ -31,55 +32,20 @@ _MOST_STEPS = 10_000_000  # a plan goes through all of them
 
 
 @dataclass(frozen=True)
-class Known:
-    """A data set whose size is known without its files.
-
-    Attributes:
-        images: for training.
-        classes: their number.
-        resolution: pixels of a side, as stored; None where images differ.
-    """
-
-    images: int
-    classes: int
-    resolution: int | None
-
-
-KNOWN = {
-    "imagenet": Known(1_281_167, 1000, None),
-    "cifar10": Known(50_000, 10, 32),
-    "digits": Known(1_438, 10, 32),
-}
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A run that has been thought through.
+    """A run that has been thought through."""
 
-    Attributes:
-        recipe: its file, as given.
-        config: its settings.
-        options: the plan's own.
-        images, source: number of training images, and where that is from.
-        nodes: the node of each rank.
-        steps_per_epoch: optimizer steps in an epoch.
-        schedule: its learning rate.
-        parameters: their number.
-        scenarios: by name, the ways to synchronise that are compared.
-        chosen: the name of the run's own.
-    """
-
-    recipe: str
+    recipe: str  # its file, as given
     config: Config
     options: Options
     images: int
-    source: str
-    nodes: list[int]
+    source: str  # where their number is from
+    nodes: list[int]  # the node of each rank
     steps_per_epoch: int
     schedule: Schedule
-    parameters: int
-    scenarios: dict[str, Scenario]
-    chosen: str
+    parameters: int  # their number
+    scenarios: dict[str, Scenario]  # by name, the ways to synchronise that are compared
+    chosen: str  # the name of the run's own
 
     @property
     def bandwidth(self) -> float:
@@ -101,10 +67,7 @@ class Plan:
 
 
 def plan(argv: Sequence[str]) -> Plan:
-    """Think a run through.
-
-    Args:
-        argv: the arguments after the program's name, ``--plan`` among them.
+    """Think a run through, whose arguments have ``--plan`` among them.
 
     Raises:
         ConfigError: for whatever the run itself would refuse before it needs data, other replicas
@@ -131,27 +94,23 @@ def plan(argv: Sequence[str]) -> Plan:
     model = _model(config, data.classes)
     checks.check_model(config, model, len(nodes))
     return Plan(
-        recipe=recipe,
-        config=config,
-        options=options,
-        images=data.images,
-        source=source,
-        nodes=nodes,
-        steps_per_epoch=steps_per_epoch,
-        schedule=schedule,
+        recipe=recipe, config=config, options=options, images=data.images, source=source,
+        nodes=nodes, steps_per_epoch=steps_per_epoch, schedule=schedule,
         parameters=sum(p.numel() for p in model.parameters()),
         scenarios={
             name: cost.scenario(variant, schedule, model, nodes)
             for name, variant in _variants(config, options.alphas).items()
         },
         chosen=_name(config),
-    )
+    )  # fmt: skip
 
 
 def _data_set(config: Config, options: Options) -> tuple[Known, str]:
-    """The data set's size, and where that is known from: the flags, its files, or `KNOWN`."""
+    """The data set's size, and where that is known from: the flags, its files, or its kind."""
+    from data import sources
+
     path = absolute(config.data_pth) / config.data / DESCRIPTION
-    found, source = KNOWN.get(config.data), "as published"
+    found, source = sources.known(config.data), "as published"
     if path.exists():
         found, source = _described(path, found), DESCRIPTION
     images = options.images or (found and found.images)
@@ -162,7 +121,7 @@ def _data_set(config: Config, options: Options) -> tuple[Known, str]:
             "--plan-images and --plan-classes"
         )
     source = "--plan-images" if options.images else source
-    return Known(images, classes, found and found.resolution), source
+    return Known(config.data, images, classes, found and found.resolution), source
 
 
 def _described(path: Path, known: Known | None) -> Known:
@@ -176,7 +135,7 @@ def _described(path: Path, known: Known | None) -> Known:
     images = dataset.files[TRAIN].images
     size = dataset.settings.get("size")
     resolution = size if isinstance(size, int) else known and known.resolution
-    return Known(images, len(dataset.classes), resolution)
+    return Known(dataset.name, images, len(dataset.classes), resolution)
 
 
 def _model(config: Config, classes: int) -> nn.Module:

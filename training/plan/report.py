@@ -29,7 +29,7 @@ def report(plan: Plan) -> str:
 
 
 def _wrapped(key: str, value: str, width: int) -> list[str]:
-    """``value`` beside its key, on as many lines as it takes."""
+    """``value`` next to its key, on as many lines as it takes."""
     text = textwrap.wrap(value, _WIDTH - width, break_long_words=False, break_on_hyphens=False)
     return [
         f"{name:<{width}}{line}"
@@ -105,8 +105,8 @@ def _rounds(plan: Plan, own: Scenario) -> dict[str, str]:
     firsts: dict[int, int] = {}
     for step, h in own.rounds:
         firsts.setdefault(h, step)
-    told = [f"{h:,} from step {step:,}" for h, step in list(firsts.items())[:3]]
-    rows = {"first H": ", ".join(told)}
+    heights = [f"{h:,} from step {step:,}" for h, step in list(firsts.items())[:3]]
+    rows = {"first H": ", ".join(heights)}
     if (longer := own.first_longer) is not None:
         rows["first longer round"] = f"{_round(longer)}, {_percent(plan, longer[0])} of the run"
     rows["last rounds"] = "  ".join(map(_round, own.rounds[-3:])) + "  (step, H)"
@@ -169,8 +169,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]

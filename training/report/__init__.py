@@ -1,4 +1,4 @@
 """Runs in pictures, from what they recorded: ``python -m training.report RUN [RUN …] --out DIR``.
 
-A page that needs nothing beside it, and the same charts as PNGs.
+A page that needs no other file, and the same charts as PNGs.
 """

@@ -11,25 +11,18 @@ from .runs import Points, Run
 
 @dataclass(frozen=True)
 class Axis:
-    """What is measured along a side of a chart.
+    """What is measured along a side of a chart."""
 
-    Attributes:
-        name: without its unit.
-        unit: may be empty.
-        doubling: whether equal distances are equal factors of two.
-        from_zero: whether zero is shown.
-    """
-
-    name: str
+    name: str  # without its unit
     unit: str = ""
-    doubling: bool = False
-    from_zero: bool = True
+    doubling: bool = False  # whether equal distances are equal factors of two
+    from_zero: bool = True  # whether zero is shown
 
     @property
     def label(self) -> str:
         return f"{self.name}, {self.unit}" if self.unit else self.name
 
-    def told(self, value: float) -> str:
+    def text(self, value: float) -> str:
         """A value with its unit."""
         return f"{tidy(value)} {self.unit}".rstrip()
 
@@ -45,26 +38,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart.
+    """One chart."""
 
-    Attributes:
-        name: its file's.
-        title: what it shows.
-        x, y: its axes.
-        curves: in the units of the axes; none if nothing was recorded.
-        note: what a reader must know; why it is empty, where it is.
-        stepped: whether a point holds since the one before.
-        coinciding: whether curves may well lie on each other.
-    """
-
-    name: str
+    name: str  # its file's
     title: str
     x: Axis
     y: Axis
-    curves: Sequence[Curve]
-    note: str = ""
-    stepped: bool = False
-    coinciding: bool = False
+    curves: Sequence[Curve]  # in the units of the axes; none if nothing was recorded
+    note: str = ""  # what a reader must know; why it is empty, where it is
+    stepped: bool = False  # whether a point holds since the one before
+    coinciding: bool = False  # whether curves may well lie on each other
 
 
 @dataclass(frozen=True)
@@ -89,17 +72,17 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 def described(chart: Chart, runs: Sequence[Run]) -> str:
     """The chart in words, for those who do not see it."""
-    told = [f"{chart.title}."]
+    said = [f"{chart.title}."]
     for curve in chart.curves:
         values = [(x, y) for x, y in curve.points if math.isfinite(y)]
         if curve.faint or not values:
             continue
         (first, began), (last, ended) = values[0], values[-1]
-        told.append(
-            f"{runs[curve.run].label}: {chart.y.told(began)} at {chart.x.name} "
-            f"{chart.x.told(first)}, {chart.y.told(ended)} at {chart.x.told(last)}."
+        said.append(
+            f"{runs[curve.run].label}: {chart.y.text(began)} at {chart.x.name} "
+            f"{chart.x.text(first)}, {chart.y.text(ended)} at {chart.x.text(last)}."
         )
-    return " ".join(told)
+    return " ".join(said)
 
 
 def tidy(value: float) -> str:
@@ -109,7 +92,7 @@ def tidy(value: float) -> str:
     return f"{value:.4g}"
 
 
-_LOGGED = ("train", "val")  # kinds of records that tell the place in the round and the cost
+_LOGGED = ("train", "val")  # kinds of records that say where in the round it is, and the cost
 # Along which training advances: the key in the records, a file's name, words.
 _PROGRESS = (
     ("epoch", "epochs", "epochs"),

@@ -21,13 +21,13 @@ PAGE = "report.html"
 
 def report(runs: Sequence[Run]) -> dict[str, bytes | None]:
     """The report's files by name, the page last; None for a chart that there is nothing for."""
-    told = sections(runs)
+    parts = sections(runs)
     labels = [run.label for run in runs]
-    charts = [chart for section in told for chart in section.charts]
+    charts = [chart for section in parts for chart in section.charts]
     files: dict[str, bytes | None] = {
         f"{chart.name}.png": draw.png(chart, labels) if chart.curves else None for chart in charts
     }
-    return {**files, PAGE: page(runs, told).encode()}
+    return {**files, PAGE: page(runs, parts).encode()}
 
 
 def write(files: Mapping[str, bytes | None], out: Path) -> None:
@@ -58,14 +58,11 @@ def write(files: Mapping[str, bytes | None], out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = Parser(
-        prog="python -m training.report",
-        description="Draw what runs have recorded: a page that needs no other file, and PNGs.",
-    )
+    purpose = "Draw what runs have recorded: a page that needs no other file, and PNGs."
+    parser = Parser(prog="python -m training.report", description=purpose)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: folder report in the first run's"
-    )
+    default = "default: folder report in the first run's"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=default)
     try:
         flags = parser.parse_args(arguments)
         out = flags.out or flags.runs[0] / "report"

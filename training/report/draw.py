@@ -80,13 +80,13 @@ def png(chart: Chart, labels: Sequence[str]) -> bytes:
     with _own_style():
         figure = Figure(figsize=(width / 72, height / 72), dpi=216, facecolor="white")
         _fill(_axes(figure, _PAD, _PAD + legend), chart, _PAPER)
-        place = {"va": "center", "color": _PAPER.ink, "parse_math": False}
+        style = {"va": "center", "color": _PAPER.ink, "parse_math": False}
         top = height - _PAD - _LINE / 2
-        figure.text(_PAD / width, top / height, chart.title, weight="bold", **place)
+        figure.text(_PAD / width, top / height, chart.title, weight="bold", **style)
         for row, run in enumerate(reversed(shown)):
             y = (_PAD + (row + 0.5) * _LINE) / height
             figure.add_artist(_stroke(run, [_PAD / width, (_PAD + 24) / width], y))
-            figure.text((_PAD + 31) / width, y, _cut(labels[run]), **place)
+            figure.text((_PAD + 31) / width, y, _cut(labels[run]), **style)
         return _saved(figure, "png")
 
 

@@ -1,4 +1,4 @@
-"""What runs are called: by how their replicas meet, and by the settings that tell them apart."""
+"""What runs are called: by how their replicas meet, and by the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 Settings = Mapping[str, Any]
 
 _OPTIMIZERS = {
-    "localsgd": "LocalSGD",
-    "localadamw": "LocalAdamW",
-    "sgd": "data-parallel SGD",
-    "adamw": "data-parallel AdamW",
-}
+    "localsgd": "LocalSGD", "localadamw": "LocalAdamW",
+    "sgd": "data-parallel SGD", "adamw": "data-parallel AdamW",
+}  # fmt: skip
 # Where a run ran and what it left, not what it did.
 _SURROUNDINGS = {
     "data_pth", "log_pth", "local_rank", "nw", "resume", "resume_pth", "loggers", "wandb", "device",
@@ -44,8 +42,8 @@ def rule(settings: Settings) -> str:
         return "data-parallel"
     given = settings.get("sync_settings")
     given = given if isinstance(given, dict) else {}
-    told = [str(settings.get("sync", "average")), *(f"{k} {v}" for k, v in given.items())]
-    return ", ".join(told)
+    words = [str(settings.get("sync", "average")), *(f"{k} {v}" for k, v in given.items())]
+    return ", ".join(words)
 
 
 def period(settings: Settings) -> str:
@@ -58,14 +56,14 @@ def period(settings: Settings) -> str:
     switch = settings.get("switch_step", "?")
     given = settings.get("period_settings")
     further = [f"{k} {v}" for k, v in given.items()] if isinstance(given, dict) else []
-    told = {
+    words = {
         "qsr": f"QSR, α {alpha}, H ≥ {base}",
         "power": f"power {settings.get('power', '?')}, α {alpha}, H ≥ {base}",
         "constant": f"H = {base}",
         "post-local": f"H = {base} from step {switch}",
         "swap": f"SWAP from step {switch}",
     }.get(str(kind), str(kind))
-    return ", ".join([told, *further])
+    return ", ".join([words, *further])
 
 
 def subject(settings: Settings) -> str:
@@ -81,11 +79,11 @@ def _local(settings: Settings) -> bool:
 def _method(settings: Settings) -> str:
     """Optimizer, rule and period; "" where no settings are known."""
     optimizer = str(settings.get("optimizer") or "")
-    told = [_OPTIMIZERS.get(optimizer, optimizer)]
+    words = [_OPTIMIZERS.get(optimizer, optimizer)]
     if optimizer and _local(settings):
         sync, when = str(settings.get("sync", "average")), period(settings)
-        told += [sync] * (sync != "average") + [when.split(",")[0]]
-    return ", ".join(told)
+        words += [sync] * (sync != "average") + [when.split(",")[0]]
+    return ", ".join(words)
 
 
 def _differing(settings: Sequence[Settings], method: Sequence[str], label: str) -> list[str]:

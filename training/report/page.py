@@ -59,8 +59,8 @@ def page(runs: Sequence[Run], sections: Sequence[Section]) -> str:
 def _style() -> str:
     text = _STYLE.read_text(encoding="utf-8")
     for name, colours in (("LIGHT", draw.LIGHT), ("DARK", draw.DARK)):
-        told = " ".join(f"--run-{at}: {colour};" for at, colour in enumerate(colours))
-        text = text.replace(name, told)
+        palette = " ".join(f"--run-{at}: {colour};" for at, colour in enumerate(colours))
+        text = text.replace(name, palette)
     return text
 
 
@@ -91,8 +91,8 @@ def columns(runs: Sequence[Run]) -> list[Column]:
 
 def share(run: Run) -> float | None:
     """Synchronisations per step, as far as the run has come."""
-    if (told := run.last("share")) is not None:
-        return told
+    if (share := run.last("share")) is not None:
+        return share
     syncs, steps = run.last("syncs"), run.last("step")
     # Of a run that began with another's weights the first step it counted from is not known.
     known = syncs is not None and steps and not run.settings.get("resume_pth")
@@ -129,12 +129,12 @@ def _head(at: int, run: Run, several: bool) -> str:
     """A row's first cell: what the run is called, and in small what else is known of it."""
     replicas = run.last("replicas")
     count = f"{replicas:,.0f} replica{'s' * (replicas != 1)}" if replicas else ""
-    told = [
+    facts = [
         ", ".join(filter(None, [names.subject(run.settings), count])),
         run.name if run.name != run.label else "",
         *run.notes,
     ]
-    small = "".join(f"<span>{escape(words)}</span>" for words in told if words)
+    small = "".join(f"<span>{escape(words)}</span>" for words in facts if words)
     key = _key(at) if several else ""
     return f'<th scope="row"><div>{key}{_text(run.label)}</div>{small}</th>'
 

@@ -24,23 +24,14 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run."""
 
-    Attributes:
-        name: its folder's; with as much of the path as tells it from the others.
-        label: what it is called in charts.
-        settings: its config.yml, or nothing.
-        records: in the order of their steps; "train_seconds" in each leaves evaluation out.
-        summary: what it ended with, None if it has not.
-        notes: what a reader should know about it.
-    """
-
-    name: str
-    label: str
-    settings: Mapping[str, Any]
-    records: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any] | None
-    notes: Sequence[str]
+    name: str  # its folder's, with as much of the path as distinguishes it from the others
+    label: str  # what it is called in charts
+    settings: Mapping[str, Any]  # its config.yml, or nothing
+    records: Sequence[Mapping[str, Any]]  # by step; "train_seconds" in each is without evaluation
+    summary: Mapping[str, Any] | None  # what it ended with, None if it has not
+    notes: Sequence[str]  # what a reader should know about it
 
     def points(self, kinds: Sequence[str], x: str, y: str) -> Points:
         """``y`` over ``x`` in records of ``kinds`` that have both; NaN where y is not finite."""
@@ -52,10 +43,10 @@ class Run:
 
     def last(self, key: str, kinds: Sequence[str] = ("train", "val")) -> float | None:
         """What was recorded last under ``key``, in the summary or in records of ``kinds``."""
-        told = [record for record in self.records if record["kind"] in kinds and key in record]
+        found = [record for record in self.records if record["kind"] in kinds and key in record]
         if self.summary and key in self.summary:
-            told.append(self.summary)
-        return number(told[-1][key]) if told else None
+            found.append(self.summary)
+        return number(found[-1][key]) if found else None
 
 
 def number(value: Any) -> float | None:
@@ -72,8 +63,8 @@ def read(folders: Iterable[Path]) -> list[Run]:
     """
     paths = list({path.resolve(): None for path in folders})
     runs = [_read(path, name) for path, name in zip(paths, shortest_names(paths), strict=True)]
-    told = labels([(run.name, run.settings) for run in runs])
-    return [replace(run, label=label) for run, label in zip(runs, told, strict=True)]
+    names = labels([(run.name, run.settings) for run in runs])
+    return [replace(run, label=label) for run, label in zip(runs, names, strict=True)]
 
 
 def shortest_names(paths: Sequence[Path]) -> list[str]:
@@ -113,7 +104,7 @@ def _records(folder: Path) -> tuple[list[dict[str, Any]], int]:
         record is None and line.strip() != ""
         for line, record in zip(lines[:-1], found[:-1], strict=True)
     )
-    records = _without_evaluation(_told_last([record for record in found if record]))
+    records = _without_evaluation(_recorded_last([record for record in found if record]))
     if not any(record["kind"] in ("train", "val") for record in records):
         raise ReportError(f"{file}: nothing is recorded there yet")
     return records, damaged
@@ -136,18 +127,18 @@ def _mapping(text: str) -> dict[str, Any] | None:
     return value
 
 
-def _told_last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the records of steps that were gone back on: a resumed run tells them once more."""
+def _recorded_last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the records of steps that were gone back on: a resumed run records them once more."""
     kept: list[dict[str, Any]] = []
     for record in records:
-        if kept and (kept[-1]["step"] > record["step"] or _place(kept[-1]) == _place(record)):
+        if kept and (kept[-1]["step"] > record["step"] or _identity(kept[-1]) == _identity(record)):
             while kept and kept[-1]["step"] >= record["step"]:
                 kept.pop()
         kept.append(record)
     return kept
 
 
-def _place(record: Mapping[str, Any]) -> tuple[Any, ...]:
+def _identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return record["kind"], record["step"], record.get("begun_at")
 
 
@@ -164,9 +155,9 @@ def _without_evaluation(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _unfinished(folder: Path, last: Mapping[str, Any]) -> str:
     """Why a run has no summary."""
     if marker := _text(folder / "preempted"):
-        told = _mapping(marker) or {}
-        step = number(told.get("step")) or last["step"]
-        return f"stopped at step {step:,}: {told.get('reason', 'asked to')}"
+        stop = _mapping(marker) or {}
+        step = number(stop.get("step")) or last["step"]
+        return f"stopped at step {step:,}: {stop.get('reason', 'asked to')}"
     if "loss" in last and number(last["loss"]) is None:
         return f"diverged by step {last['step']:,}"
     return f"not finished: step {last['step']:,}"
