@@ -84,7 +84,7 @@ class Pace:
         """Whether nothing has been said for so many seconds."""
         return time.monotonic() - self._said >= every
 
-    def told(self, step: int) -> str:
+    def times(self, step: int) -> str:
         """Time elapsed and left after ``step`` steps."""
         self._said = now = time.monotonic()
         elapsed = f"{clock(now - self._began)} elapsed"

@@ -163,7 +163,7 @@ class Recorder:
         )
         self._bar.set_postfix_str(now)
         if self.process.rank == 0 and self._bar.disable and self._progress.due():
-            passed = self._progress.told(step)
+            passed = self._progress.times(step)
             print(f"step {step:,} of {self.total_steps:,}, {now}; {passed}", flush=True)
         if not math.isfinite(loss):
             raise DivergedError(
@@ -201,7 +201,7 @@ class Recorder:
             tqdm.write(
                 f"epoch {epoch:6.2f}  step {step:6d}  H {self.optimizer.h:5d}  "
                 f"syncs {self.optimizer.traffic.syncs:6d}  val loss {evaluation.loss:.4f}  "
-                f"top-1 {evaluation.top1:.2%}  {self._progress.told(step)}",
+                f"top-1 {evaluation.top1:.2%}  {self._progress.times(step)}",
                 file=sys.stdout,
             )
         if not math.isfinite(evaluation.loss):

@@ -39,22 +39,22 @@ def written(folder: Path, manifest: dict[str, Any]) -> Path:
 
 def read(rank: int, world_size: int, folder: str) -> list[str]:
     """What all that reads a manifest says of it."""
-    path, told = Path(folder), []
+    path, said = Path(folder), []
     for reader in (files.manifest, lambda path: resume.identity(path, "resume_pth")):
         try:
             reader(path)
         except (CheckpointError, ConfigError) as error:
-            told.append(str(error))
+            said.append(str(error))
     files.prune(path.parent, 1)
-    return [*told, resume._fault(path, Collective())]
+    return [*said, resume._fault(path, Collective())]
 
 
-def told_of(folder: Path) -> list[str]:
+def said_of(folder: Path) -> list[str]:
     """In a process that is ended if it takes long."""
-    (told,) = run(read, 1, str(folder), timeout=30)
-    assert len(told) == 3, "every reader refuses it"
-    assert all("\n" not in line and len(line) < 500 and str(folder) in line for line in told)
-    return told
+    (said,) = run(read, 1, str(folder), timeout=30)
+    assert len(said) == 3, "every reader refuses it"
+    assert all("\n" not in line and len(line) < 500 and str(folder) in line for line in said)
+    return said
 
 
 def test_a_good_one_is_read(tmp_path: Path) -> None:
@@ -63,18 +63,18 @@ def test_a_good_one_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [10**10, "2", 2.0, True, 0, -1, 3, None, [2], 10**30])
 def test_a_number_of_replicas_that_cannot_be(tmp_path: Path, value: object) -> None:
-    assert "world_size is" in told_of(written(tmp_path, {**GOOD, "world_size": value}))[0]
+    assert "world_size is" in said_of(written(tmp_path, {**GOOD, "world_size": value}))[0]
 
 
 @pytest.mark.parametrize("value", ["6", -1, 6.5, None, [6], {}, 10**30])
 def test_a_step_that_cannot_be(tmp_path: Path, value: object) -> None:
-    assert "step is" in told_of(written(tmp_path, {**GOOD, "step": value}))[0]
+    assert "step is" in said_of(written(tmp_path, {**GOOD, "step": value}))[0]
 
 
 @pytest.mark.parametrize("key", ["config", "files", "evaluation"])
 @pytest.mark.parametrize("value", [[], "text", None, 3])
 def test_a_part_of_another_kind(tmp_path: Path, key: str, value: object) -> None:
-    assert f"{key} is {value!r}" in told_of(written(tmp_path, {**GOOD, key: value}))[0]
+    assert f"{key} is {value!r}" in said_of(written(tmp_path, {**GOOD, key: value}))[0]
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_a_part_of_another_kind(tmp_path: Path, key: str, value: object) -> None
     ],
 )
 def test_a_file_of_another_kind(tmp_path: Path, listed: dict[str, Any]) -> None:
-    assert "files.rank-000" in told_of(written(tmp_path, {**GOOD, "files": listed}))[0]
+    assert "files.rank-000" in said_of(written(tmp_path, {**GOOD, "files": listed}))[0]
 
 
 def test_a_score_of_another_kind(tmp_path: Path) -> None:
-    told = told_of(written(tmp_path, {**GOOD, "evaluation": {"top1": "high"}}))
-    assert "evaluation.top1 is 'high'" in told[0]
+    said = said_of(written(tmp_path, {**GOOD, "evaluation": {"top1": "high"}}))
+    assert "evaluation.top1 is 'high'" in said[0]
 
 
 def as_text(text: str) -> Callable[[Path], object]:
@@ -124,7 +124,7 @@ def as_folder(file: Path) -> None:
 def test_a_manifest_that_is_none(tmp_path: Path, make: Callable[[Path], object]) -> None:
     folder = written(tmp_path, GOOD)
     make(folder / MANIFEST)
-    told_of(folder)
+    said_of(folder)
 
 
 def test_a_ranks_file_that_is_a_pipe(tmp_path: Path) -> None:

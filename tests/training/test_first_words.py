@@ -96,17 +96,17 @@ def test_a_launcher_without_a_hostfile_is_remarked(tmp_path: Path) -> None:
     assert remark(tmp_path, "--num_gpus=2", **ranks) == ""
 
 
-def test_time_left_is_told_from_the_second_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_is_known_from_the_second_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one compiles; a run that goes on counts its own steps only."""
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     pace = progress.Pace(1000)
     now += 60
     pace.step(501)
-    assert pace.told(501) == "1:00 elapsed"
+    assert pace.times(501) == "1:00 elapsed"
     now += 100
     pace.step(601)
-    assert pace.told(601) == "2:40 elapsed, 6:39 left"
+    assert pace.times(601) == "2:40 elapsed, 6:39 left"
     assert not pace.due()
     now += 31
     assert pace.due()

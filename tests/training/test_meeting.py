@@ -27,9 +27,9 @@ LAUNCHER = """
 import os, subprocess, sys
 ranks = []
 for rank in "01":
-    told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_SIZE="2")
-    told |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
-    ranks.append(subprocess.Popen([sys.executable, *sys.argv[2:]], env=os.environ | told))
+    said = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_SIZE="2")
+    said |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
+    ranks.append(subprocess.Popen([sys.executable, *sys.argv[2:]], env=os.environ | said))
 print("ranks", *(rank.pid for rank in ranks), flush=True)
 sys.exit(max(abs(rank.wait()) for rank in ranks))
 """
@@ -104,7 +104,7 @@ def test_a_port_in_use_is_named_with_the_flag_for_another(flags) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "said"),
     [
         ({"RANK": "0"}, "RANK is '0', and WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "MASTER_PORT is not set"),
@@ -115,12 +115,12 @@ def test_a_port_in_use_is_named_with_the_flag_for_another(flags) -> None:
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT is '70000'"),
     ],
 )
-def test_a_launchers_environment_that_is_not_whole_is_refused(flags, given, told: str) -> None:
+def test_a_launchers_environment_that_is_not_whole_is_refused(flags, given, said: str) -> None:
     whole = len(given) != 3 or "MASTER_PORT" in given
     if whole and {"RANK", "WORLD_SIZE"} <= given.keys():
         given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | given
     line = one_line(start(*flags, world_size=1, places=[given]))
-    assert (told in line and "launcher" in line) or "torchrun" in line
+    assert said in line and ("launcher" in line or "torchrun" in line)
 
 
 def listening(rank: int, world_size: int, address: str, here: str) -> list[str]:

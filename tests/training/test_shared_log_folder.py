@@ -39,8 +39,8 @@ def run_folder(logs: Path, name: str, settings: str, mode: int) -> Path:
     """An unfinished run with a checkpoint."""
     draft = logs / name / "checkpoints/draft"
     listed = {files.rank_file(0): files.write_rank(draft, 0, {})}
-    told = {"step": 3, "world_size": 1, "config": {}, "files": listed, "evaluation": {}}
-    files.publish(draft, files.folder_of(draft.parent, 3), told)
+    manifest = {"step": 3, "world_size": 1, "config": {}, "files": listed, "evaluation": {}}
+    files.publish(draft, files.folder_of(draft.parent, 3), manifest)
     (logs / name / "config.yml").write_text(settings)
     (logs / name).chmod(mode)
     return logs / name

@@ -251,8 +251,8 @@ def manifest(folder: Path) -> dict[str, Any]:
         content = json.loads(text)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: {MANIFEST} is not of format {FORMAT}")
-        told = content.pop("sha256", None)
-        whole = told == _digest(content)
+        recorded = content.pop("sha256", None)
+        whole = recorded == _digest(content)
     except CheckpointError:
         raise
     except (ValueError, RecursionError):
