@@ -96,6 +96,8 @@ def from_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        if isinstance(error, RecursionError):
+            reason = "nested too deeply"
         raise ConfigError(f"not valid YAML{line}: {reason[:200]}") from None
 
 

@@ -109,7 +109,7 @@ OF_A_RUN = {"train.py", "config.yml", "report.md"}  # the reader's own
 def test_what_they_name_is_there(name: str) -> None:
     if name in OF_A_RUN or name.startswith(".config_"):
         return
-    folders = ("", "recipe", "localopt", "localopt/faults", "training", "docs")
+    folders = ("", "recipe", "run-scripts", "localopt", "localopt/faults", "training", "docs")
     assert any((ROOT / folder / name).exists() for folder in folders), name
 
 

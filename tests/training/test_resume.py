@@ -168,7 +168,7 @@ def test_absurd_manifests_are_passed_over_in_a_line_each(
     assert again.codes == [0, 0], again.errors
     told = [x for x in again.outputs[0].splitlines() if x.startswith("resume auto: passing")]
     assert len(told) == 3 and "world_size is 10000000000" in told[0]
-    assert "no regular file" in told[1] and "not JSON" in told[2]
+    assert "not a regular file" in told[1] and "not JSON" in told[2]
     assert f"continuing {folder} after step 3" in again.outputs[0]
 
 

@@ -78,7 +78,7 @@ def test_runs_that_cannot_be_continued_are_passed_over(logs: Path) -> None:
     lines = said.splitlines()
     for folder, reason in (
         (closed, "Permission denied"), (others, "Permission denied"), (deep, "nested too deeply"),
-        (pipe, "no regular file"), (text, "config.yml is damaged"),
+        (pipe, "not a regular file"), (text, "config.yml is damaged"),
     ):  # fmt: skip
         (line,) = [line for line in lines if line.startswith(f"resume auto: passing over {folder}")]
         assert reason in line
