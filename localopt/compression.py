@@ -54,7 +54,10 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, wire: Tensor, dtype: torch.dtype) -> Tensor:
-        """The numbers (n,) that ``wire`` stands for: the same bits on every rank."""
+        """The numbers (n,) that ``wire`` stands for, the same bits on every rank.
+
+        In ``dtype``, or in another that is converted where they are used.
+        """
 
     def send_(self, x: Tensor, wire: Tensor, fill: Callable[[int, int], None] = _nothing) -> None:
         """Write ``x`` to ``wire``, and leave in ``x`` what the bytes lose of it.
@@ -100,7 +103,7 @@ class Bfloat16(Codec):
         wire.view(torch.bfloat16).copy_(x)
 
     def decode(self, wire: Tensor, dtype: torch.dtype) -> Tensor:
-        return wire.view(torch.bfloat16).to(dtype)
+        return wire.view(torch.bfloat16)  # whoever reads it widens it on the way
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Int8(Codec):
         scales = (torch.maximum(-blocks.amin(1), blocks.amax(1)) / 127).float()
         scales = torch.where(scales >= torch.finfo(torch.float32).tiny, scales, 0.0)
         divisors = torch.where(scales > 0, scales, torch.inf).to(x.dtype)
-        numbers = (blocks / divisors[:, None]).round_().clamp_(-127, 127)
+        numbers = (blocks / divisors[:, None]).round_()  # at most 127: s is exact to 2^-24
         wire[: x.numel()].view(torch.int8).copy_(numbers.view(-1))
         # Byte by byte: the scales need not start at a multiple of four.
         wire[x.numel() :].copy_(scales.view(torch.uint8))
