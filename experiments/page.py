@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from experiments import communication, digits, from_scratch, periods, rules
+from experiments import communication, digits, from_scratch, periods, retuned, rules
 from experiments.rows import read
 from experiments.small import RESULTS, Setting, rows_of
 from experiments.statistics import accuracy_interval, differences, mean_and_interval
@@ -43,6 +43,7 @@ def main() -> None:
     names = list(communication.RULES)
     plot_differences(how, names, "How: a sixteenth of the bytes", RESULTS / "communication.png")
     small = read(digits.RESULTS)
+    again = rows_of(retuned.OUT, setting)
     plot_point(small, RESULTS / "qsr.png")
     scratch = read(from_scratch.RESULTS)
     plot_workers(scratch, RESULTS / "from_scratch.png")
@@ -51,8 +52,9 @@ def main() -> None:
         communication=communication.table(how, setting),
         from_scratch=from_scratch.tables(scratch),
         digits=digits.table(small),
+        retuned=retuned.table(again, setting),
         rules=rules.table(read(rules.RESULTS)),
-        commits=", ".join(sorted({row["commit"] for row in [*small, *when, *how, *scratch]})),
+        commits=", ".join(sorted({row["commit"] for row in [*small, *again, *when, *how, *scratch]})),
     )
     PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
