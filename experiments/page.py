@@ -47,6 +47,7 @@ def main() -> None:
     plot_point(small, RESULTS / "qsr.png")
     scratch = read(from_scratch.RESULTS)
     plot_workers(scratch, RESULTS / "from_scratch.png")
+    every = [*small, *again, *when, *how, *scratch]
     text = WORDS.read_text(encoding="utf-8").format(
         periods=periods.table(when, setting),
         communication=communication.table(how, setting),
@@ -54,7 +55,7 @@ def main() -> None:
         digits=digits.table(small),
         retuned=retuned.table(again, setting),
         rules=rules.table(read(rules.RESULTS)),
-        commits=", ".join(sorted({row["commit"] for row in [*small, *again, *when, *how, *scratch]})),
+        commits=", ".join(sorted({row["commit"] for row in every})),
     )
     PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
