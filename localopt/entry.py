@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +52,6 @@ def entries_of(named: Sequence[tuple[str, nn.Parameter]], extra: Sequence[Entry]
     own = [Entry.like(name, p) for name, p in named]
     _refuse_equal_names([*own, *extra])
     return own
-
-
-def float_entries(named: Iterable[tuple[str, Tensor]], *, from_rank0: bool) -> list[Entry]:
-    """Contiguous entries for the floating-point tensors among ``named``."""
-    return [
-        Entry.like(name, t.new_empty(t.shape), from_rank0=from_rank0)
-        for name, t in named
-        if t.dtype.is_floating_point
-    ]
 
 
 def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

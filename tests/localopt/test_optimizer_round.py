@@ -103,7 +103,7 @@ def test_consensus_restores() -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_refused_inside_consensus(steps: int) -> None:
-    """What would be lost on exit is refused, in mid-round and between rounds."""
+    """What would be lost on exit, or saved as what it is not: in mid-round and between rounds."""
     model = network()
     optimizer = LocalSGD(model.parameters(), period=Constant(2), auto=False)
     for _ in range(steps):
@@ -117,6 +117,7 @@ def test_refused_inside_consensus(steps: int) -> None:
         "finish": optimizer.finish,
         "consensus": lambda: optimizer.consensus().__enter__(),
         "add_param_group": lambda: optimizer.add_param_group(group),
+        "state_dict": optimizer.state_dict,
         "load_state_dict": lambda: optimizer.load_state_dict(state),
     }
     with optimizer.consensus():
