@@ -6,6 +6,9 @@ which costs a fifth of the whole. Here a message is divided and added while it i
 The memory is cut into m shards. In m - 1 steps each rank passes a shard on to the next and adds
 what it gets to its own; then it has the mean of one shard, and in m - 1 steps more these go around.
 Each rank sends 2 (m - 1) / m of the memory, as in any ring. Additions are in one fixed order.
+
+A message costs some 40 µs, however long it is; and a slow link stands still for about one message
+in all, however many there are. So messages grow with the memory.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-CHUNK = 1_440_000  # bytes of a message
+CHUNK, LONGEST = 1_440_000, 1_920_000  # bytes of a message: at least, and at most
+PARTS = 125  # between these bounds, messages of the whole memory
 AHEAD = 2  # messages that may arrive before they are added
 
 
@@ -46,7 +50,7 @@ def mean_(
         rank, m: this rank, and how many there are.
         to_next, from_last: begin to send to rank + 1, and to receive from rank - 1.
     """
-    length = CHUNK // whole.itemsize
+    length = max(CHUNK, min(whole.nbytes // PARTS, LONGEST)) // whole.itemsize
     shards = [list(shard.split(length)) for shard in whole.chunk(m)]
     first = averaged.storage_offset() - whole.storage_offset()
     last, size = first + len(averaged), len(whole) // m
@@ -87,11 +91,14 @@ def mean_(
         chunk, start = shards[shard][k], shard * size + k * length
         other = spare[i % len(spare)][: len(chunk)]
         arriving[i].wait()
-        a = min(max(first - start, 0), len(chunk))
-        b = min(max(last - start, a), len(chunk))
-        _add_divided(chunk[a:b], other[a:b], m, divided=step > 0)
-        for part in (slice(a), slice(b, None)):
-            chunk[part].add_(other[part])
+        if first <= start and start + len(chunk) <= last:
+            _add_divided(chunk, other, m, divided=step > 0)
+        else:
+            a = min(max(first - start, 0), len(chunk))
+            b = min(max(last - start, a), len(chunk))
+            _add_divided(chunk[a:b], other[a:b], m, divided=step > 0)
+            for part in (slice(a), slice(b, None)):
+                chunk[part].add_(other[part])
         pass_on(chunk)
         expect()
     for i in range(total):  # the means go around
