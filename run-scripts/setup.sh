@@ -97,8 +97,10 @@ up_to_date && exit
 
 make_venv "$base"
 # One command, so that torch is chosen together with everything that depends on it. FFCV comes as
-# source: --use-pep517 builds it the same way with every version of pip.
-"$python" -m pip install --disable-pip-version-check --use-pep517 -r requirements.txt -e .
+# source: --use-pep517 builds it the same way with every version of pip. --no-compile: of all that
+# comes little is ever imported; what is, Python compiles then, and keeps.
+"$python" -m pip install --disable-pip-version-check --use-pep517 --no-compile \
+    -r requirements.txt -e .
 "$python" -m pip install --disable-pip-version-check --no-deps -r requirements-no-deps.txt
 # -P: find localopt where pip put it, not in this folder. torchvision is left out: with a CPU-only
 # torch it imports only after the repair in training/torchvision_repair.py.

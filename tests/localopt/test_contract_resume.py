@@ -37,7 +37,8 @@ pytestmark = pytest.mark.slow
 
 
 def resume_anywhere(rank: int, m: int, name: str) -> int:
-    """Save after each of the first three rounds' steps; return how many were tried."""
+    """Save after each of the first three rounds' steps; return how many were tried: of the first
+    case all, of the others every second one."""
     problem = oracle.Quadratics.make(m, SIZE, seed=3)
     period = QSR(alpha=0.16, base=3)
     steps, tried = 20, 0
@@ -70,7 +71,7 @@ def resume_anywhere(rank: int, m: int, name: str) -> int:
             local_step(optimizer, model, problem, rank, step)
         assert same(final, end(model, optimizer)), f"case {index}: saving has changed the run"
 
-        for start, file in saved:
+        for start, file in saved if index == 0 else saved[index % 2 :: 2]:
             file.seek(0)
             state = torch.load(file, weights_only=True)
             model, optimizer = new(7)
@@ -96,7 +97,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 def test_resume_at_any_step(name: str) -> None:
     """Resumed from any step, with or without a collective in flight, a run ends with the bits of
     one that was not interrupted; also of one never saved, though saving waits for the flight."""
-    assert min(run(resume_anywhere, 2, name)) >= 9 * len(cases(name))
+    assert min(run(resume_anywhere, 2, name)) >= 9 + 4 * (len(cases(name)) - 1)
 
 
 # Saved on some replicas, loaded on another number of them.

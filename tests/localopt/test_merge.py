@@ -125,8 +125,10 @@ def test_merged_states_are_the_consensus_of_any_number_of_replicas(name: str) ->
                 assert np.array_equal(got.numpy(), consensus), (m, place)
             statistics = torch.stack([w["statistic"] for w, _ in saved]).double()
             assert torch.equal(weights["statistic"], statistics.mean(0).float())
-        tried = len(kinds(name)) * len(SAVED)
-        assert all(run(train_on, n, name, states) == [tried] * n for n in others)
+        for n in others:
+            # Four go on from what was in flight, of all cases; fewer from everything.
+            tried = {p: s for p, s in states.items() if n < 4 or p[-1] == SAVED[-1]}
+            assert run(train_on, n, name, tried) == [len(tried)] * n
 
 
 def go_on(rank: int, m: int, name: str) -> float:

@@ -11,4 +11,4 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("rule", ["overlap", "lsgd"])
 def test_nothing_grows_with_the_rounds(rule: str) -> None:
-    check(rule, 300)
+    check(rule, 200)

@@ -272,7 +272,7 @@ STRAYS: dict[str, Callable[[int], Tensor]] = {
 
 def stray(rank: int, m: int, what: str, who: int, rule: str) -> Any:
     """Rank ``who`` sums something of its own, where the other synchronises."""
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group(timeout=timedelta(seconds=1))
     p = nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))
     sync = {"average": Average, "lsgd": LSGD, "easgd": EASGD}[rule]()
     optimizer = LocalSGD([p], 0.1, period=Constant(2), sync=sync, process_group=group)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.patience import PATIENCE
-from tests.support.program import ROOT
+from tests.support.program import ROOT, start
 from training.plan.plan import plan
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,9 +78,13 @@ def test_both_sides_of_a_diff_run(number: int, tmp_path: Path) -> None:
     lines = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)[number].splitlines()
     before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
     after = "\n".join(line[1:] for line in lines if not line.startswith("-"))
-    assert "synchronisations" not in torchrun(AROUND.format(before), tmp_path)
-    counts = re.findall(r"(\d+) synchronisations", torchrun(AROUND.format(after), tmp_path))
-    assert len(counts) == 2 and 0 < int(counts[0]) <= 10
+    counts = []
+    for side in (before, after):
+        (script := tmp_path / "train.py").write_text(AROUND.format(side), encoding="utf-8")
+        outcome = start(script=script)
+        assert outcome.codes == [0, 0], outcome.errors
+        counts.append(re.findall(r"(\d+) synchronisations", "".join(outcome.outputs)))
+    assert counts[0] == [] and len(counts[1]) == 2 and 0 < int(counts[1][0]) <= 10
 
 
 def test_it_is_short() -> None:

@@ -198,7 +198,7 @@ def test_an_interrupt_of_run_sh_is_called_one(flags, tmp_path: Path) -> None:
 def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
     """And draws it when it is over."""
     recipe = "recipe/digits-resnet-localsgd-qsr.yml"
-    given = (*flags, "--epochs", "4", "--alpha", "1")
+    given = (*flags, "--epochs", "2", "--alpha", "1")
     command = [str(ROOT / "run-scripts/run.sh"), recipe]
     script = launched(command, given, log := tmp_path / "log")
     until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), script, log)
@@ -208,7 +208,7 @@ def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
     assert told.count("starting it again from its newest checkpoint (1 restarts left)") == 1
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "summary.json").exists()
-    assert max(checkpoint.found(folder / "checkpoints")) == 80
+    assert max(checkpoint.found(folder / "checkpoints")) == 40
     page = folder / "report" / "report.html"
     assert page.exists() and f"{page}: 1 run" in told
 

@@ -26,14 +26,14 @@ def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
 METHODS = (
     "--randaugment-depth", "2", "--randaugment-operations", "original", "--mixup", "0.2",
     "--resize-initial-scale", "0.5", "--resize-finetune-fraction", "0.3", "--ema", "0.9",
-    "--precision", "fp16", "--channels-last", "--blurpool",
+    "--channels-last", "--blurpool",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("recipe", "extra"),
     [
-        ("digits-vit-localadamw-qsr", ()),
+        ("digits-vit-localadamw-qsr", ("--precision", "fp16")),
         ("digits-resnet-localsgd-qsr", METHODS),
         ("digits-resnet-sgd", ()),
         ("digits-resnet-overlap", ()),
