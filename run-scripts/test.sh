@@ -14,6 +14,6 @@ run-scripts/setup.sh
 .venv/bin/python -m mypy
 # A thousand processes would each compile what they import.
 unset PYTHONDONTWRITEBYTECODE
-# Many tests wait more than they compute: three times as many as cores, up to eight.
+# Many tests wait more than they compute: twice as many as cores, up to eight.
 cores=$(nproc)
-exec .venv/bin/python -m pytest -n "$((cores < 3 ? 3 * cores : 8))" --dist worksteal "$@"
+exec .venv/bin/python -m pytest -n "$((cores < 4 ? 2 * cores : 8))" --dist worksteal "$@"
