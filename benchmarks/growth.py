@@ -189,7 +189,7 @@ def plot(links: dict[str, Seen], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     for (link, seen), colour in zip(links.items(), ("#0072b2", "#d55e00", "#009e73"), strict=False):
         sizes = [float(size) for size in seen]
         ours = [row[OURS] for row in seen.values()]
@@ -197,13 +197,14 @@ def plot(links: dict[str, Seen], path: Path) -> None:
         line = np.geomspace(min(sizes), max(sizes))
         text = f"{link}: {1e3 * alpha:.1f} ms + size / ({1 / beta:,.0f} MB/s)"
         axes.plot(line, alpha + beta * line, color=colour, linewidth=1, label=text)
-        axes.plot(sizes, ours, "o", color=colour, label=f"{link}, Average")
-        bare = [row[BARE] for row in seen.values()]
-        axes.plot(sizes, bare, "x", color=colour, label=f"{link}, bare all_reduce")
+        axes.plot(sizes, ours, "o", color=colour)
+        axes.plot(sizes, [row[BARE] for row in seen.values()], "x", color=colour)
+    axes.plot([], [], "o", color="grey", label="Average")
+    axes.plot([], [], "x", color="grey", label="a bare all_reduce")
     axes.set(xscale="log", yscale="log", xlabel="parameters, MB", ylabel="one synchronisation, s")
     axes.grid(True, linewidth=0.3)
-    axes.set_title("2 ranks; lines: fits to Average's seconds", fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=3)
+    axes.set_title("Two ranks; lines are fitted to Average", fontsize=10, loc="left")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
