@@ -7,8 +7,8 @@ The memory is cut into m shards. In m - 1 steps each rank passes a shard on to t
 what it gets to its own; then it has the mean of one shard, and in m - 1 steps more these go around.
 Each rank sends 2 (m - 1) / m of the memory, as in any ring. Additions are in one fixed order.
 
-A message costs some 40 µs, however long it is; and a slow link stands still for about one message
-in all, however many there are. So messages grow with the memory.
+A message costs some 40 µs, however long it is; and a slow link stands still for one to three
+messages' time in all, the longer the more. So messages grow with the memory.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def runs(name: str, m: int) -> list[tuple[tuple[int, str], str, torch.dtype]]:
 def follow(
     rank: int, m: int, name: str, problem: oracle.Quadratics, device: str = "cpu"
 ) -> dict:
-    """Every combination of case, inner optimizer, period and type; what this rank saw."""
+    """All of `runs`; what this rank saw."""
     seen = {}
     for (index, inner), period, dtype in runs(name, m):
         model = Model(dtype).to(device)
