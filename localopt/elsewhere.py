@@ -52,9 +52,13 @@ def averaged_elsewhere(params: Iterable[nn.Parameter], losses: Sequence[float]) 
 def _wrapped(owned: set[int]) -> bool:
     """Whether a DistributedDataParallel has one of the parameters: it may wrap the model later
     than the optimizer is built, or where the optimizer was not given its model."""
-    for thing in gc.get_objects():
-        if issubclass(type(thing), DistributedDataParallel) and any(
-            id(p) in owned for p in thing.parameters()
-        ):
-            return True
-    return False
+    things = gc.get_objects()
+    # By kind, and then by thing: there may be millions of things, and each kind is judged once.
+    kinds = {id(type(thing)): type(thing) for thing in things}
+    wrappers = {at for at, kind in kinds.items() if issubclass(kind, DistributedDataParallel)}
+    return any(
+        id(p) in owned
+        for thing in (things if wrappers else ())
+        if id(type(thing)) in wrappers
+        for p in thing.parameters()
+    )

@@ -1,40 +1,40 @@
-"""Methods of composer's that a recipe can switch on; the only file that knows composer.
-
-Import it where one is switched on: composer takes seconds to import.
-"""
+"""Methods of composer's that a recipe can switch on; the only file that knows composer."""
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import betaincinv
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import one_hot
 
 from data import order
 
 from .torchvision_repair import allow_torchvision_without_cuda
 from .values import ConfigError
 
-allow_torchvision_without_cuda()
-_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-import composer.functional as composer  # noqa: E402
-from composer.algorithms.ema.ema import EMAParameters  # noqa: E402
-from composer.algorithms.warnings import NoEffectWarning  # noqa: E402
-
-for _number, _handler in _handlers.items():
-    if signal.getsignal(_number) is not _handler:
-        signal.signal(_number, _handler)  # composer, imported, takes them over for the process
-
 Batch = tuple[Tensor, Tensor]
+
+
+@functools.cache
+def composer() -> ModuleType:
+    """composer's functions; imported where a method is switched on, for that takes seconds."""
+    allow_torchvision_without_cuda()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    import composer.functional
+
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)  # composer, imported, takes them over for the process
+    return composer.functional
 
 
 def blurpool(model: nn.Module) -> None:
@@ -45,10 +45,13 @@ def blurpool(model: nn.Module) -> None:
     Raises:
         ConfigError: if the model has nothing of that kind.
     """
+    apply = composer().apply_blurpool
+    from composer.algorithms.warnings import NoEffectWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", NoEffectWarning)
         try:
-            composer.apply_blurpool(model)
+            apply(model)
         except NoEffectWarning:
             raise ConfigError(
                 "blurpool is true: the model has neither strided convolutions nor max pooling"
@@ -64,7 +67,7 @@ def squeeze_excite(model: nn.Module) -> None:
         ConfigError: if the model has no convolution of 128 channels in and out.
     """
     before = sum(1 for _ in model.modules())
-    composer.apply_squeeze_excite(model)
+    composer().apply_squeeze_excite(model)
     if sum(1 for _ in model.modules()) == before:
         raise ConfigError("squeeze_excite is true: the model has no convolution of 128 channels")
 
@@ -90,10 +93,12 @@ class Mixup:
         self, alpha: float, *, seed: int, classes: int, first: int, physical_batch: int
     ) -> None:
         self._alpha, self._seed, self._classes, self._first = alpha, seed, classes, first
-        self._partner = torch.arange(physical_batch) ^ 1
+        self._partner, self._mix = torch.arange(physical_batch) ^ 1, composer().mixup_batch
 
     def weights(self, step: int, positions: np.ndarray) -> np.ndarray:
         """w of the positions (b,) in the global batch; (b,) in [0, 1/2]."""
+        from scipy.special import betaincinv  # takes a while to import
+
         uniform = order.draws(self._seed, step, positions, 1, order.Stream.MIXUP)[:, 0]
         share = betaincinv(self._alpha, self._alpha, uniform)
         return np.minimum(share, 1 - share)
@@ -105,10 +110,10 @@ class Mixup:
         weights = torch.from_numpy(self.weights(step, np.arange(begin, begin + len(labels))))
         weight = _sent(weights.float(), images.device)
         self._partner = self._partner.to(images.device)
-        images, partners, _ = composer.mixup_batch(
+        images, partners, _ = self._mix(
             images, labels, mixing=weight.view(-1, 1, 1, 1), indices=self._partner
         )
-        own, other = (functional.one_hot(x, self._classes) for x in (labels, partners))
+        own, other = (one_hot(x, self._classes) for x in (labels, partners))
         return images, torch.lerp(own.float(), other.float(), weight[:, None])
 
 
@@ -122,6 +127,7 @@ class ProgressiveResizing:
         self, initial_scale: float, finetune_fraction: float, resolution: int, total_steps: int
     ) -> None:
         self._initial, self._resolution = initial_scale, resolution
+        self._resize = composer().resize_batch
         self._growing = (1 - finetune_fraction) * total_steps
 
     def side(self, step: int) -> int:
@@ -138,7 +144,7 @@ class ProgressiveResizing:
         scale = side / self._resolution
         if self._resolution * scale < side:  # torch would round down to a pixel less
             scale = math.nextafter(scale, 1)
-        return composer.resize_batch(*batch, scale_factor=scale)
+        return self._resize(*batch, scale_factor=scale)
 
 
 class Ema:
@@ -151,6 +157,9 @@ class Ema:
 
     def __init__(self, model: nn.Module, smoothing: float) -> None:
         self._model, self._smoothing, self._step = model, smoothing, 0
+        self._follow = composer().compute_ema
+        from composer.algorithms.ema.ema import EMAParameters
+
         self._average = EMAParameters(model)
 
     def start_at(self, step: int) -> None:
@@ -161,7 +170,7 @@ class Ema:
         """The model is what the replicas agree on after ``step`` steps; whether that is news."""
         if step == self._step:
             return False
-        composer.compute_ema(self._model, self._average, self._smoothing ** (step - self._step))
+        self._follow(self._model, self._average, self._smoothing ** (step - self._step))
         self._step = step
         return True
 

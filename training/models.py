@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import methods
 from .torchvision_repair import allow_torchvision_without_cuda
 from .values import ConfigError, did_you_mean
 
@@ -168,13 +169,10 @@ def build(
             model = MODELS[name](classes, resolution)
         except AssertionError as error:
             raise ConfigError(f"model {name} at resolution {resolution}: {error}") from None
-        if blurpool or squeeze_excite:
-            from . import methods  # composer takes seconds to import
-
-            if squeeze_excite:
-                methods.squeeze_excite(model)
-            if blurpool:
-                methods.blurpool(model)
+        if squeeze_excite:
+            methods.squeeze_excite(model)
+        if blurpool:
+            methods.blurpool(model)
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 

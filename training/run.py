@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,12 +46,9 @@ from .deepspeed_engine import engine_of
 from .distributed import Process
 from .engine import Batch, Engine, OutOfMemoryError, ReplicaOptimizer, out_of_memory
 from .lr import Schedule
+from .methods import Ema, Mixup, ProgressiveResizing
 from .plan import cost
 from .values import ConfigError, absolute
-
-if TYPE_CHECKING:
-    from .methods import Ema
-
 
 # A change to a micro-batch on the device: (batch, step, micro_step) -> batch.
 Method = Callable[[Batch, int, int], Batch]
@@ -270,17 +267,13 @@ def _methods(
     config: Config, process: Process, classes: int, total_steps: int
 ) -> tuple[Method, ...]:
     """What the recipe switches on of the methods that change micro-batches."""
-    if not config.mixup and config.resize_initial_scale == 1:
-        return ()
-    from . import methods  # composer takes seconds to import
-
     chosen: list[Method] = []
     if config.resize_initial_scale < 1:
         shares = config.resize_initial_scale, config.resize_finetune_fraction
-        chosen.append(methods.ProgressiveResizing(*shares, config.resolution, total_steps))
+        chosen.append(ProgressiveResizing(*shares, config.resolution, total_steps))
     if config.mixup:
         first = config.total_batch_size // process.world_size * process.rank
-        chosen.append(methods.Mixup(
+        chosen.append(Mixup(
             config.mixup, seed=config.seed, classes=classes, first=first,
             physical_batch=config.physical_batch_size,
         ))  # fmt: skip
@@ -288,11 +281,7 @@ def _methods(
 
 
 def _ema(config: Config, model: nn.Module) -> Ema | None:
-    if not config.ema:
-        return None
-    from . import methods  # composer takes seconds to import
-
-    return methods.Ema(model, config.ema)
+    return Ema(model, config.ema) if config.ema else None
 
 
 def _agreed_on_data(

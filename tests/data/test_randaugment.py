@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
-import training.methods  # noqa: F401, which makes composer fit to be imported
 from data import randaugment_torch
 from data.randaugment import SETS, Operation, RandAugment, transform
-
-from composer.algorithms.utils.augmentation_primitives import augmentation_sets  # isort: skip
-from composer.functional import randaugment_image  # isort: skip
+from training import methods
 
 EVERY = [("all", number) for number in range(13)] + [("original", n) for n in range(9, 13)]
 
@@ -21,6 +17,8 @@ EVERY = [("all", number) for number in range(13)] + [("original", n) for n in ra
 @cache
 def pictures(height, width):
     """Pieces of two photographs, and four of fewer colours: (8, height, width, 3) uint8."""
+    from sklearn.datasets import load_sample_images  # takes seconds to import
+
     rng = np.random.default_rng(0)
     images = []
     for photograph in [Image.fromarray(image) for image in load_sample_images().images] * 2:
@@ -35,6 +33,9 @@ def pictures(height, width):
 
 def composers(monkeypatch, image, draws, settings):
     """What composer makes of an image (height, width, 3), where its random numbers are `draws`."""
+    randaugment_image = methods.composer().randaugment_image
+    from composer.algorithms.utils.augmentation_primitives import augmentation_sets
+
     steps, now = iter(draws), []
 
     def choice(some):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
-from sklearn.datasets import load_sample_images
 
 DISTINCT = 40
 
@@ -49,6 +48,8 @@ def make_tree(
 @cache
 def jpegs(size: tuple[int, int]) -> list[bytes]:
     """DISTINCT files, the same at every call: crops, some mirrored, some darker or brighter."""
+    from sklearn.datasets import load_sample_images  # takes seconds to import
+
     random = np.random.RandomState(0)
     originals = [Image.fromarray(image) for image in load_sample_images().images]
     files = []

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from data import augment
-from training.torchvision_repair import allow_torchvision_without_cuda
+from training import methods
 
 torch.set_num_threads(1)
-allow_torchvision_without_cuda()
+methods.composer()
 for module in (
     "training.loop", "torchvision.models", "vit_pytorch.simple_vit",
     "deepspeed.module_inject.auto_ep_layer", "torch.utils.serialization",  # imported when used

@@ -160,9 +160,8 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str], log: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int) -> None:
-    """Which on one host passes signals on to none of them."""
+def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path) -> None:
+    """Which on one host passes signals on to none of them, and could not pass this one on."""
     port = str(free_port())
     command = [
         str(ROOT / ".venv/bin/deepspeed"), "--hostfile", "hostfile", "--no_ssh_check",
@@ -172,7 +171,7 @@ def test_no_rank_outlives_deepspeeds_launcher(flags, tmp_path: Path, number: int
     until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*")), launcher, log)
     ranks = ranks_of(flags)
     assert set(ranks) == {"0", "1"}
-    launcher.send_signal(number)
+    launcher.kill()
     launcher.wait(PATIENCE)
     assert not psutil.wait_procs(ranks.values(), timeout=PATIENCE)[1], "a rank is left"
     (marker,) = tmp_path.glob("runs/*/preempted")

@@ -46,8 +46,9 @@ def mixed(replicas: int, physical: int, step: int = 3) -> tuple[torch.Tensor, to
 @pytest.mark.slow
 def test_importing_the_methods_leaves_signals_alone() -> None:
     """composer takes over those that end a process."""
-    script = "import signal, training.methods; signal.raise_signal(signal.SIGTERM)"
-    process = subprocess.run([sys.executable, "-c", script], timeout=PATIENCE, check=False)
+    imported = "import signal; from training import methods; methods.composer()"
+    command = [sys.executable, "-c", f"{imported}; signal.raise_signal(signal.SIGTERM)"]
+    process = subprocess.run(command, timeout=PATIENCE, check=False)
     assert process.returncode == -signal.SIGTERM
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,8 @@ from ..config import PER_HOST, Config
 from ..distributed import PATIENCE
 from ..engine import ReplicaOptimizer
 from ..evaluate import Statistics
+from ..methods import Ema
 from . import files
-
-if TYPE_CHECKING:
-    from ..methods import Ema
 
 
 class SaveError(OSError):
