@@ -204,6 +204,7 @@ def test_run_sh_starts_a_run_that_crashed_again(flags, tmp_path: Path) -> None:
     ranks_of(flags)["1"].kill()
     assert script.wait(PATIENCE) == 0, log.read_text()
     told = log.read_text()
+    assert "2 replicas" in told
     assert told.count("starting it again from its newest checkpoint (1 restarts left)") == 1
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "summary.json").exists()
