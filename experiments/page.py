@@ -55,7 +55,7 @@ def main() -> None:
         digits=digits.table(small),
         retuned=retuned.table(again, setting),
         rules=rules.table(read(rules.RESULTS)),
-        commits=", ".join(sorted({row["commit"] for row in every})),
+        commits=", ".join(sorted({row["commit"][:7] for row in every})),
     )
     PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
