@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .elsewhere import warning_of
@@ -34,6 +36,8 @@ class Boundary:
         self._inner, self._layout, self._replica, self._sync = inner, layout, replica, sync
         self._warnings = warnings
         self._looks = 3
+        self._asked = 0, math.nan  # step and rate at which H was asked for
+        self._highest = math.nan  # rate of the round at which it has been asked for again
 
     def begin(self, period: Callable[[int, float], int], *, stepped: bool = False) -> None:
         """Choose H and begin a round; ``stepped``: its first step has been made already."""
@@ -42,13 +46,44 @@ class Boundary:
         self._layout.check_model()
         if clock.number == 0:
             self._sync.begin()
-        h = period(clock.step, float(self._inner.param_groups[0].get("lr", math.nan)))
+        lr = float(self._inner.param_groups[0].get("lr", math.nan))
+        h = period(clock.step, lr)
         if not isinstance(h, int) or not 1 <= h < 2**63:
             raise ValueError(f"period gave H = {h!r} at step {clock.step}: not a positive int")
+        several = self._replica.collective.world_size > 1
+        self._asked, self._highest = (clock.step, lr), lr if several else math.nan
+        total = getattr(period, "total_steps", None)
+        if several and total is not None and clock.step >= total:
+            self._warnings.once(
+                "past the end",
+                f"step {clock.step} is past the end that the period was given, total_steps = "
+                f"{total}: every step is a round now. It counts optimizer steps, of all epochs",
+            )
         # An optimizer with two modes changes weights between rounds, and back.
         same = not stepped and not hasattr(self._inner, "eval")
-        equal = same and self._sync.replicas_agree and self._replica.collective.world_size > 1
+        equal = same and self._sync.replicas_agree and several
         clock.begin(h, start=flat.sample() if equal else 0)
+
+    def check_rate(self, period: Callable[[int, float], int], lr: Any) -> None:
+        """Warn where H was chosen at a rate that was still rising: a warm-up gives no long round.
+
+        Args:
+            period: what chose H.
+            lr: the rate of the step that is about to be made.
+        """
+        # A tensor of a GPU is not read for this; of a rate that has doubled H is asked for again.
+        if isinstance(lr, Tensor) or not lr > 2 * self._highest:
+            return
+        clock, (began, first) = self._replica.round, self._asked
+        self._highest = lr
+        if 2 * (h := period(began, lr)) <= clock.h:
+            self._warnings.once(
+                "rising rate",
+                f"the learning rate has risen from {first:.3g} to {lr:.3g} by step {clock.step}, "
+                f"in the middle of a round of {clock.h} steps; begun at the rate of now it would "
+                f"have had {h}. Give the period warmup_steps, the steps of the warm-up, in which "
+                "rounds are short; where rates rise later, h_max",
+            )
 
     def end(self) -> None:
         """Let the rule end the round. Collective."""

@@ -1,4 +1,4 @@
-"""Whether gradients are averaged by somebody else: then replicas never part."""
+"""Why replicas never part: somebody else averages the gradients, or all have the same data."""
 
 from __future__ import annotations
 
@@ -11,42 +11,48 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def warning_of(params: Iterable[nn.Parameter], losses: Sequence[float], h: int, step: int) -> str:
-    """What to warn of where replicas are equal after ``h`` local steps; "" if of nothing.
-
-    Args:
-        params, losses: as for `averaged_elsewhere`.
-        h, step: local steps of the round, and since the start.
-    """
-    who = averaged_elsewhere(params, losses)
-    if who is None:
-        return ""
-    return (
-        f"all replicas were equal, bit for bit, after {h} local steps (step {step}): {who} "
-        "averages gradients at every step, so that local steps save nothing. Do not wrap the model "
-        "in DistributedDataParallel, also not by accelerator.prepare(model) or a Trainer's ddp "
-        "strategy; or train within its no_sync()"
-    )
-
-
-def averaged_elsewhere(params: Iterable[nn.Parameter], losses: Sequence[float]) -> str | None:
-    """Who averages the gradients, for people; None if nobody is known to do so.
-
-    For replicas that are equal bit for bit after a round of several steps. Their data may be equal
-    as well, so that alone says nothing.
+    """What to warn of where replicas are equal bit for bit after a round; "" if of nothing.
 
     Args:
         params: the optimizer's parameters, with the gradients of the last step.
         losses: by rank, mean training loss of the round; NaN where none was recorded.
+        h, step: local steps of the round, and since the start.
+    """
+    if not (reason := reason_of(params, losses)):
+        return ""
+    return f"all replicas were equal, bit for bit, after {h} local steps (step {step}): {reason}"
+
+
+def reason_of(params: Iterable[nn.Parameter], losses: Sequence[float]) -> str:
+    """Why replicas are equal, and what to do; "" where they have nothing to part them.
+
+    Args:
+        params, losses: as for `warning_of`.
     """
     owned = list(params)
     gradients = [p.grad for p in owned if p.grad is not None]
     if gradients and not any(bool(g.any()) for g in gradients):
-        return None
+        return ""
+    if not all(bool(g.isfinite().all()) for g in gradients):  # GradScaler has skipped the step
+        return ""
     if _wrapped({id(p) for p in owned}):
-        return "DistributedDataParallel, in which the model is wrapped,"
-    if not any(math.isnan(loss) for loss in losses) and len(set(losses)) > 1:
-        return "something outside localopt"
-    return None
+        return f"DistributedDataParallel, in which the model is wrapped, {_AVERAGES}"
+    if not losses or any(math.isnan(loss) for loss in losses):
+        return f"either {_SAME_DATA}; or something outside localopt {_AVERAGES}"
+    if len(set(losses)) > 1:
+        return f"something outside localopt {_AVERAGES}"
+    return f"their losses as well, so {_SAME_DATA}"
+
+
+_AVERAGES = (
+    "averages gradients at every step, so that local steps save nothing. Do not wrap the model in "
+    "DistributedDataParallel, also not by accelerator.prepare(model) or a Trainer's ddp strategy; "
+    "or train within its no_sync()"
+)
+_SAME_DATA = (
+    "all train on the same data, and more replicas learn no more than one: give each data of its "
+    "own, by a DistributedSampler or another seed"
+)
 
 
 def _wrapped(owned: set[int]) -> bool:

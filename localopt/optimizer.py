@@ -199,6 +199,7 @@ class LocalOptimizer(Around):
             clock.extend()
         self.sync.before_step()
         lr = self.inner.param_groups[0].get("lr", math.nan)
+        self._boundary.check_rate(self.period, lr)
         loss = self._inner_step(closure)
         clock.record_lr(lr)
         if _is_number(loss) and not clock.has_loss:

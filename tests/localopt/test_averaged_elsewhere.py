@@ -1,7 +1,7 @@
-"""Gradients that somebody else averages at every step: local steps save nothing, and that is told.
+"""Replicas that never part: gradients are averaged elsewhere, or all have the same data.
 
-Once on each rank, after the second or third round; and never where there is another reason why
-replicas are equal.
+That is told, once on each rank, after the second or third round; and never where there is another
+reason why replicas are equal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from localopt import EASGD, Average, Constant, LocalOptimizer, Streaming
-from localopt.elsewhere import averaged_elsewhere
+from localopt.elsewhere import reason_of
 from tests.support import oracle
 from tests.support.contract import equal_on_all_ranks, every_case, new_rule
 from tests.support.ranks import run
@@ -84,13 +84,17 @@ def training(rank: int, setting: Run) -> list[tuple[int, str]]:
             optimizer.step()
         told += [(optimizer.round, str(w.message)) for w in caught]
     parted = setting.no_sync or setting.alone or not (setting.wraps or setting.by_hand)
+    parted = parted and not setting.same_data
     if not parted:
         assert equal_on_all_ranks(torch.cat([p.detach().view(-1) for p in model.parameters()]))
     return told
 
 
-WRAPPED = "DistributedDataParallel, in which the model is wrapped,"
-OUTSIDE = "something outside localopt"
+AVERAGES = " averages gradients at every step, so that local steps save nothing"
+WRAPPED = "DistributedDataParallel, in which the model is wrapped," + AVERAGES
+OUTSIDE = "something outside localopt" + AVERAGES
+SAME = "their losses as well, so all train on the same data, and more replicas learn no more"
+EITHER = "either all train on the same data, "
 WARNED: dict[str, tuple[Run, str]] = {
     "wrapped after": (Run(), WRAPPED),
     "wrapped before": (Run("before", named=False), WRAPPED),
@@ -104,6 +108,10 @@ WARNED: dict[str, tuple[Run, str]] = {
     "by hand": (Run("", by_hand=True, losses=True), OUTSIDE),
     "by hand, unchecked": (Run("", by_hand=True, losses=True, check_finite=False), OUTSIDE),
     "by hand, behind training": (Run("", by_hand=True, losses=True, rule=EASGD), OUTSIDE),
+    "equal data": (Run("", same_data=True, losses=True), SAME),
+    "equal data, behind training": (Run("", same_data=True, losses=True, rule=EASGD), SAME),
+    "equal data, no losses": (Run("", same_data=True), EITHER),
+    "by hand, no losses": (Run("", by_hand=True), EITHER),
 }
 
 
@@ -119,8 +127,9 @@ def check_warned(
     ((round_, text),) = told
     assert round_ in rounds, (what, round_)
     assert text.startswith(f"rank {rank}: all replicas were equal, bit for bit, after "), text
-    assert f": {who} averages gradients at every step" in text, (what, text)
-    assert "or train within its no_sync()" in text
+    assert f"): {who}" in text, (what, text)
+    assert ("or train within its no_sync()" in text) == (who != SAME)
+    assert ("DistributedSampler" in text) == (who in (SAME, EITHER))
 
 
 def test_it_is_told_once_on_each_rank() -> None:
@@ -157,13 +166,9 @@ QUIET: dict[str, Run] = {
     "lr 0": Run("", lr=0.0, losses=True),
     "lr 0, wrapped": Run(lr=0.0),
     "no gradient": Run(frozen=True, losses=True),
-    "equal data": Run("", same_data=True),
-    "equal data, with losses": Run("", same_data=True, losses=True),
-    "equal data, behind training": Run("", same_data=True, losses=True, rule=EASGD),
     "H = 1": Run(h=1, rounds=12),
     "H = 1, behind training": Run(h=1, rounds=12, rule=EASGD),
     "H = 1, by hand": Run("", h=1, rounds=12, by_hand=True, losses=True),
-    "by hand, and who would know": Run("", by_hand=True),
     "alone": Run(alone=True, losses=True),
 }
 
@@ -180,13 +185,13 @@ def test_one_rank() -> None:
 
 
 def only_at_first(rank: int, m: int) -> list[str]:
-    """Replicas that are equal in the first rounds alone: nothing is looked for any more."""
+    """Replicas that are equal in the first rounds alone, and their gradients 0."""
     p = nn.Parameter(torch.zeros(9))
     optimizer = LocalOptimizer(torch.optim.SGD([p], lr=0.1), Constant(2))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(24):
-            p.grad = torch.ones(9) * (1 + (step >= 6) * rank)
+            p.grad = torch.ones(9) * (step >= 6) * (1 + rank)
             optimizer.record_loss(1.0 + rank * (step >= 6))
             optimizer.step()
             if step >= 6 and step % 2 == 0:
@@ -198,16 +203,19 @@ def test_replicas_that_part_later() -> None:
     assert run(only_at_first, 2) == [[], []]
 
 
-def test_who_averages() -> None:
+def test_the_reason() -> None:
     """What is known of it, without ranks."""
     p = nn.Parameter(torch.ones(3))
-    assert averaged_elsewhere([p], [1.0, 2.0]) == OUTSIDE, "no gradients are left to look at"
+    assert reason_of([p], [1.0, 2.0]).startswith(OUTSIDE), "no gradients are left to look at"
+    p.grad = torch.tensor([0.0, 1.0, float("inf")])
+    assert reason_of([p], [1.0, 2.0]) == "", "GradScaler skips a step that overflows"
     p.grad = torch.zeros(3)
-    assert averaged_elsewhere([p], [1.0, 2.0]) is None
+    assert reason_of([p], [1.0, 2.0]) == ""
     p.grad = torch.ones(3)
-    assert averaged_elsewhere([p], [1.0, 2.0]) == OUTSIDE
-    for losses in ([1.0, 1.0], [1.0, float("nan")], []):
-        assert averaged_elsewhere([p], losses) is None
+    assert reason_of([p], [1.0, 2.0]).startswith(OUTSIDE)
+    assert reason_of([p], [1.0, 1.0]).startswith(SAME)
+    for losses in ([1.0, float("nan")], []):
+        assert reason_of([p], losses).startswith(EITHER)
 
 
 # Steps that one replica skips.
