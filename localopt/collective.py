@@ -117,6 +117,11 @@ class Collective:
         """The group itself, also where it is the default one; None with one rank."""
         return None if self.world_size == 1 else self.group or dist.group.WORLD
 
+    @property
+    def gone(self) -> bool:
+        """Whether somebody has destroyed the process group."""
+        return self.world_size > 1 and not dist.is_initialized()
+
     def subgroup(self, ranks: Sequence[int]) -> Collective:
         """A new process group of some of this one's ranks, this one among them.
 

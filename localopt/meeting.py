@@ -327,10 +327,11 @@ class Meeting:
             raise
         except (RuntimeError, ValueError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CollectiveError(
-                f"{self.where()} failed, for another rank has died or hangs, or another "
-                f"collective ran in this process group: {first}"
-            ) from error
+            reason = "another rank has died or hangs, or another collective ran in this process "
+            reason += f"group: {first}"
+            if self.collective.gone:
+                reason = "the process group is gone: call finish() before destroy_process_group()"
+            raise CollectiveError(f"{self.where()} failed, for {reason}") from error
 
     def where(self) -> str:
         """This rank and its step, for people."""

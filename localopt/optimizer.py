@@ -90,7 +90,8 @@ class LocalOptimizer(Around):
         self.period = period
         self.sync = sync if sync is not None else Average()
         if not isinstance(self.sync, Rule):
-            raise TypeError(f"sync must be a rule such as Average(), not {self.sync!r}")
+            what = f"{self.sync!r}{': call it' * isinstance(self.sync, type)}"
+            raise TypeError(f"sync must be a rule such as Average(), not {what}")
         self.auto = auto
         self._collective = Collective(process_group, alone=alone)
         check_modes(inner, self.sync, self._collective)

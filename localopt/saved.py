@@ -62,17 +62,20 @@ def check_own(
     mine = {"rule": type(sync).__name__, "rank": rank, "world_size": collective.world_size}
     for key in ("rule",) if agreed else mine:
         if own[key] != mine[key] and (key != "rule" or own[key] != sync.was_named):
+            advice = "" if key == "rule" else f"; {_OWN_FILES}"
             raise ValueError(
                 f"rank {rank}: the state to load has {key} {own[key]!r}, this optimizer "
-                f"{mine[key]!r}"
+                f"{mine[key]!r}{advice}"
             )
     if own["rank"] is not None and own["rank"] != rank:
         warnings.once(
             "other rank",
             f"the optimizer state that is loaded is that of rank {own['rank']}: momenta and the "
-            "like are each replica's own. Save one state per rank, or merge them all "
-            "(localopt.merged)",
+            f"like are each replica's own; {_OWN_FILES}",
         )
+
+
+_OWN_FILES = "save one file per rank and load it there, or merge them all (localopt.merged)"
 
 
 def has_state(state: Mapping[str, Any]) -> bool:
@@ -81,7 +84,15 @@ def has_state(state: Mapping[str, Any]) -> bool:
 
 
 def check_whole(state: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
-    """Raise `ValueError` if ``torch.distributed.checkpoint`` has lost a part on the way."""
+    """Raise `ValueError` for a state of something else, or one of which a part was lost on the way.
+
+    ``torch.distributed.checkpoint`` loses some.
+    """
+    if missing := [key for key in ("state", "param_groups") if key not in state]:
+        raise ValueError(
+            f"the state to load is no optimizer's: it has no {' and no '.join(missing)}; give what "
+            "optimizer.state_dict() returned"
+        )
     named = any(isinstance(p, str) for group in state["param_groups"] for p in group["params"])
     if own is None and named:
         raise ValueError(

@@ -208,7 +208,7 @@ def _assembled(
     recorder.close()
 
 
-def _described(
+def described(
     config: Config,
     process: Process,
     schedule: Schedule,
@@ -218,13 +218,15 @@ def _described(
     """What will be trained, in one line."""
     numel = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     steps, planned = schedule.total_steps, "gradients averaged at every step"
-    if process.world_size == 1:
+    if process.world_size == 1 or steps == 0:
         planned = "nothing will be synchronised"
     elif config.local and steps <= _COUNTED:
         syncs = len(cost.rounds_of(optimizer.period, schedule))
         planned = f"{syncs:,} synchronisations planned ({syncs / steps:.1%} of the steps)"
     elif config.local:
         planned = f"synchronised as {optimizer.period} says"
+    if 0 < steps <= schedule.warmup_steps:
+        planned += f"; the run ends within its warm-up of {schedule.warmup_steps:,} steps"
     return (
         f"{config.model} with {numel:,} parameters on {process.device}; {config.data} with "
         f"{images:,} images; {steps:,} steps of {config.total_batch_size:,} images; {planned}"
@@ -244,7 +246,7 @@ def _replica(config: Config, process: Process, schedule: Schedule, data: TrainDa
     checks.check_model(config, model, process.world_size)
     torch.manual_seed(config.seed * 1_000_003 + process.rank)  # dropout: each replica its own
     optimizer = optimizers.build(config, model, schedule)
-    progress.say(_described(config, process, schedule, optimizer, data.images))
+    progress.say(described(config, process, schedule, optimizer, data.images))
     return engine_of(config, model, optimizer, process.world_size)
 
 

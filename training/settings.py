@@ -50,7 +50,17 @@ def load(argv: Sequence[str], more_help: Callable[[], str] | None = None) -> Con
         settings |= _read(host, "host file", HOST_KEYS)
     settings |= _read_recipe(recipe)
     settings |= flags
-    return Config(**settings)
+    config = Config(**settings)
+    if config.local:
+        return config
+    for name in ("period", "period_settings", "sync", "sync_settings"):
+        if name in flags:  # a recipe may have them, for its data-parallel twin to be a flag away
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {shortened(flags[name])}: it is for local "
+                f"optimizers, and {config.optimizer} averages gradients at every step; give "
+                f"--optimizer local{config.optimizer} too"
+            )
+    return config
 
 
 def recipe_of(argv: Sequence[str]) -> Path:
@@ -200,7 +210,8 @@ def _parser(more_help: Callable[[], str] | None) -> Parser:
         more_help=lambda: _help_end(more_help),
         prog="main.py",
         usage="deepspeed --hostfile hostfile main.py [flags]",
-        description="Train with few synchronisations. Flags override the recipe.",
+        description="Train with few synchronisations. Flags override the recipe; a default below "
+        "is what holds where neither says anything.",
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
     )

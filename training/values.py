@@ -111,7 +111,7 @@ def did_you_mean(value: Any, choices: Iterable[Any], cutoff: float = 0.6) -> str
 
 def _convert_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("it must be a mapping, as a flag NAME=VALUE …")
+        raise ValueError("it must be a mapping; as a flag NAME=VALUE, such as lr=0.7")
     return value
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from localopt import (
     QSR,
     AbsentRankError,
     Average,
+    CollectiveError,
     Constant,
     LayoutMismatchError,
     LocalAdamW,
@@ -31,6 +33,20 @@ pytestmark = pytest.mark.slow
 
 def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+
+
+def left_too_early(rank: int, m: int, period: int) -> None:
+    optimizer = LocalSGD(parameters((3,)), 0.1, period=Constant(period))
+    steps(optimizer, 3)
+    dist.destroy_process_group()
+    with pytest.raises(CollectiveError, match=r"call finish\(\) before destroy_process_group\(\)"):
+        optimizer.finish()
+
+
+@pytest.mark.parametrize("period", [2, 3])
+def test_a_group_that_is_destroyed_before_the_end_is_named(period: int) -> None:
+    """In the middle of a round, and after one."""
+    run(left_too_early, 2, period)
 
 
 # Out of step.

@@ -37,6 +37,14 @@ def test_state_of_another_rule_is_refused() -> None:
             optimizer.load_state_dict(state)
 
 
+def test_what_is_no_optimizers_state_is_refused() -> None:
+    optimizer = LocalSGD((model := network()).parameters(), period=Constant(2))
+    both = "state and no param_groups"
+    for state, missing in ((model.state_dict(), both), ({"state": {}}, "param_groups")):
+        with pytest.raises(ValueError, match=f"no optimizer's: it has no {missing}"):
+            optimizer.load_state_dict(state)
+
+
 def test_state_dict_is_a_copy() -> None:
     """What was saved does not change when training goes on; what is loaded is not changed."""
     model = network()

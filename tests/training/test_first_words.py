@@ -7,12 +7,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.support.patience import PATIENCE
 from tests.support.program import ROOT, start
-from training import progress
+from training import optimizers, progress
+from training.distributed import Process
+from training.lr import Schedule
+from training.run import described
+from training.settings import load
 
 from .runs import SHORT
 
@@ -59,6 +65,28 @@ def test_rank_0_alone_speaks_and_names_the_planned_synchronisations(flags) -> No
     assert "2 replicas, run folder" in outcome.outputs[0]
     assert "3 synchronisations planned (25.0% of the steps)" in outcome.outputs[0]
     assert not outcome.outputs[1]
+
+
+@pytest.mark.slow
+def test_a_run_of_no_steps_ends_in_order(flags) -> None:
+    outcome = start(*flags, "--epochs", "0", world_size=1)
+    assert outcome.codes == [0], outcome.errors
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (["--epochs", "0"], "; nothing will be synchronised"),
+        (["--epochs", "2", "--warmup-steps", "12"], "the run ends within its warm-up of 12 steps"),
+        (["--epochs", "2", "--warmup-steps", "11"], "planned (25.0% of the steps)"),
+    ],
+)
+def test_where_there_is_little_to_train_it_says_so(run: list[str], said: str) -> None:
+    config = load(run)
+    schedule = Schedule.of(config, steps_per_epoch=6)
+    two = Process(0, 2, 0, torch.device("cpu"))
+    optimizer = SimpleNamespace(param_groups=[], period=optimizers.period(config, schedule))
+    assert described(config, two, schedule, optimizer, images=192).endswith(said)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--sync=avrage"])

@@ -23,6 +23,7 @@ def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
     return ("--data-pth", data, "--log-pth", str(tmp_path / "runs"), *SHORT)
 
 
+LOCAL = ("--period", "constant", "--h-base", "4", "--track-replicas")
 METHODS = (
     "--randaugment-depth", "2", "--randaugment-operations", "original", "--mixup", "0.2",
     "--resize-initial-scale", "0.5", "--resize-finetune-fraction", "0.3", "--ema", "0.9",
@@ -49,11 +50,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, recipe: str, 
         f"recipe/{recipe}.yml",
         *flags,
         *extra,
-        "--period",
-        "constant",
-        "--h-base",
-        "4",
-        *(() if recipe.endswith("-sgd") else ("--track-replicas",)),
+        *(() if recipe.endswith("-sgd") else LOCAL),
     )
     whole = start(*given, "--save-freq", "1")
     assert whole.codes == [0, 0], whole.errors
@@ -123,6 +120,7 @@ def test_weights_and_optimizer_states_can_be_resumed_from_files_of_their_own(fla
         ("--resume-pth", str(saved), "--resume-from-step", "7"): "at step 6, and 7 was asked for",
         ("--resume-pth", str(saved), *states): "has its own optimizer state",
         ("--resume-pth", str(saved / "manifest.json")): "not a file of weights",
+        ("--resume-pth", str(whole.folder)): "a run's folder: give one of those in its checkpoints",
         (*averaged, "--model", "resnet-digits"): "weights of another model",
     }
     for how, part in refused.items():

@@ -242,6 +242,8 @@ def manifest(folder: Path) -> dict[str, Any]:
         text = regular(folder / MANIFEST, _LARGEST_MANIFEST).decode()
     except (FileNotFoundError, NotADirectoryError):
         what = f"no {MANIFEST} there, so no whole checkpoint" if folder.exists() else "not there"
+        if (folder / "checkpoints").is_dir():
+            what += "; it is a run's folder: give one of those in its checkpoints"
         raise CheckpointError(f"{folder}: {what}") from None
     except OSError as error:
         raise CheckpointError(f"{folder}: {MANIFEST}: {error.strerror}") from None
@@ -343,7 +345,7 @@ def read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     except Exception as error:  # torch does not say what it raises for a file of another kind
-        reason = " ".join(str(error).partition("\n")[0].split())
+        reason = " ".join(str(error).partition("\n")[0].partition(". ")[0].split())
         raise CheckpointError(f"{file}: not a file of weights: {reason}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a file of weights: it holds no names")
