@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,15 @@ class Boundary:
         self._looks = 3
         self._asked = 0, math.nan  # step and rate at which H was asked for
         self._highest = math.nan  # rate of the round at which it has been asked for again
+        self._uncounted = 0  # steps of the inner optimizer
+        if replica.collective.world_size > 1 and hasattr(inner, "_optimizer_step_post_hooks"):
+            this = weakref.ref(self)
+
+            def stepped(*_: object) -> None:
+                if (boundary := this()) is not None:
+                    boundary._inner_stepped()
+
+            inner.register_step_post_hook(stepped)
 
     def begin(self, period: Callable[[int, float], int], *, stepped: bool = False) -> None:
         """Choose H and begin a round; ``stepped``: its first step has been made already."""
@@ -103,6 +113,21 @@ class Boundary:
         if meeting.alike and self._looks:
             self._looks -= 1  # it costs tens of milliseconds
             self._look_elsewhere()
+
+    def counts(self) -> None:
+        """The step that the inner optimizer has made counts; it may make the next one."""
+        self._uncounted = 0
+
+    def _inner_stepped(self) -> None:
+        """Warn of an inner optimizer that steps by itself."""
+        self._uncounted += 1
+        if self._uncounted == 2:
+            self._warnings.once(
+                "uncounted",
+                f"the inner optimizer, {type(self._inner).__name__}, has made two steps that do "
+                "not count, so replicas never meet: call step() of the optimizer around it, or "
+                "that one's average() after each step",
+            )
 
     def check_loss(self) -> None:
         """Raise `RuntimeError` if a step that is counted lacks the loss that the rule needs."""

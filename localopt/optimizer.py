@@ -202,6 +202,7 @@ class LocalOptimizer(Around):
         lr = self.inner.param_groups[0].get("lr", math.nan)
         self._boundary.check_rate(self.period, lr)
         loss = self._inner_step(closure)
+        self._boundary.counts()
         clock.record_lr(lr)
         if _is_number(loss) and not clock.has_loss:
             self.record_loss(loss)
@@ -233,6 +234,7 @@ class LocalOptimizer(Around):
         if not self._replica.round.open:
             # The inner optimizer has stepped, behind this one's back.
             self._boundary.begin(self.period, stepped=True)
+        self._boundary.counts()
         return self._average()
 
     def _average(self) -> bool:

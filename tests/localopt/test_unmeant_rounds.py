@@ -1,4 +1,4 @@
-"""Periods that are asked when the rate says nothing of the round: it is told, once on each rank."""
+"""Rounds that are not what was meant: it is told, once on each rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from localopt import QSR, Constant, LocalSGD, PostLocal
+from localopt import QSR, Constant, LocalOptimizer, LocalSGD, PostLocal
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.slow
@@ -65,6 +65,26 @@ def test_it_is_told_once_on_each_rank() -> None:
         assert all(text.startswith(f"rank {rank}: ") for texts in found.values() for text in texts)
         assert "Give the period warmup_steps" in found["warm-up"][0]
         assert "counts optimizer steps, of all epochs" in found["past the end"][0]
+
+
+def stepped(rank: int, m: int, how: str) -> list[str]:
+    p = nn.Parameter(torch.zeros(3))
+    inner = torch.optim.SGD([p], lr=0.1)
+    optimizer = LocalOptimizer(inner, Constant(2), auto=how != "by hand")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            p.grad = torch.full((3,), 1.0 + rank)
+            (inner if how in ("inner", "inner, counted") else optimizer).step()
+            if how in ("by hand", "inner, counted"):
+                optimizer.average()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("how", ["inner", "inner, counted", "by hand", "itself"])
+def test_an_inner_optimizer_that_steps_by_itself_is_told(how: str) -> None:
+    for told in run(stepped, 2, how):
+        assert ["two steps that do not count" in text for text in told] == [True] * (how == "inner")
 
 
 def test_one_replica_has_nobody_to_meet() -> None:
