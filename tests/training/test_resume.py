@@ -25,13 +25,14 @@ pytestmark = pytest.mark.slow
 
 SHORT = (
     "--epochs", "2", "--steps-per-epoch", "6", "--warmup-epochs", "0", "--log-freq", "4",
-    "--device", "cpu", "--period", "constant", "--h-base", "3",
+    "--device", "cpu", "--h-base", "3",
 )  # fmt: skip
+CONSTANT = ("--period", "constant")
 
 
 @pytest.fixture
 def flags(data: str, tmp_path: Path) -> tuple[str, ...]:
-    return ("--data-pth", data, "--log-pth", str(tmp_path / "runs"), *SHORT)
+    return ("--data-pth", data, "--log-pth", str(tmp_path / "runs"), *SHORT, *CONSTANT)
 
 
 @pytest.mark.long
@@ -52,7 +53,7 @@ def finished(data: str, once: Once) -> Path:
     """The folder of a finished run that has saved every three steps."""
 
     def train(logs: Path) -> None:
-        outcome = start("--data-pth", data, "--log-pth", str(logs), *SHORT, *EACH)
+        outcome = start("--data-pth", data, "--log-pth", str(logs), *SHORT, *CONSTANT, *EACH)
         assert outcome.codes == [0, 0], outcome.errors
 
     return once("finished", train)
@@ -197,8 +198,8 @@ def test_a_run_goes_on_with_other_replicas(flags, before: int, after: int) -> No
     """Of data-parallel training, which sees global batches, the result must hardly differ: no image
     of the epoch is seen twice or left out."""
     given = (
-        *flags, "--recipe-pth", "recipe/digits-vit-adamw.yml", "--save-steps", "4",
-        "--physical-batch-size", "16", "--save-keep", "0",
+        *flags[: -len(CONSTANT)], "--recipe-pth", "recipe/digits-vit-adamw.yml",
+        "--save-steps", "4", "--physical-batch-size", "16", "--save-keep", "0",
     )  # fmt: skip
     whole = start(*given, world_size=before)
     expected = weights(checkpoints(whole)[12], 0)
