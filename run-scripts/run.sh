@@ -137,9 +137,16 @@ while :; do
     trap 'stop 129' HUP
     trap 'stop 130' INT
     trap 'stop 143' TERM
-    # A port that is free here, so that two runs on one machine don't collide.
-    port=$("$python" -c 'import socket
-print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
+    # A port that is free here, so that two runs on one machine don't collide; none of those that the
+    # system gives out by itself, which somebody may have taken when the replicas meet.
+    port=$("$python" -c 'import random, socket
+for port in random.sample(range(20_000, 30_000), 1_000):
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        continue
+    print(port)
+    break')
     set -m
     .venv/bin/deepspeed "${launch[@]}" --master_port "$port" main.py "${settings[@]}" &
     set +m
